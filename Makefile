@@ -1,0 +1,56 @@
+# make            from a clone to a trained, measured, sampled and tracked model
+# make help       everything else
+
+.DEFAULT_GOAL := all
+.PHONY: all help setup test lint format shakespeare ui sync clean
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+all: $(VENV)/installed  ## train, evaluate and sample with params.yaml, then sum up
+	@python -m minigpt.params
+	@dvc repro
+	@python -m stages
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(VENV)/installed  ## make .venv and install what the pipeline needs, nothing more
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minigpt: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: $(VENV)/installed-dev  ## run all tests
+	python -m pytest
+
+lint: $(VENV)/installed-dev  ## run the linter, the formatter's check and the type checker
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(VENV)/installed-dev  ## format the code
+	ruff check --fix .
+	ruff format .
+
+shakespeare: $(VENV)/installed  ## fetch Tiny Shakespeare and train its profile for a CPU
+	@python -m stages.fetch data/shakespeare.txt.dvc
+	cp configs/shakespeare-cpu.yaml params.yaml
+	@$(MAKE) --no-print-directory all
+
+ui: $(VENV)/installed  ## open the MLflow page of this repository's runs
+	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}
+
+sync: $(VENV)/installed  ## send runs to the tracking store that were made while it was away
+	python -m minigpt.tracking sync
+
+clean:  ## remove what the stages wrote; DVC's cache, runs and .venv stay
+	rm -rf data/prepared models results

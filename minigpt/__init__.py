@@ -1,0 +1,8 @@
+"""A character-level, decoder-only GPT: the library that the four stages share.
+
+Nouns live here, verbs in ``stages/``. Imports go one way, down this list to the names above:
+errors, files, params, tokenizer, corpus, ranks, model, optimizer, score, checkpoint, generator, trainer,
+tracking, serving.
+"""
+
+__version__ = "0.1.0"

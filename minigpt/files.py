@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all: written under a temporary name, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside ``target``; on success it takes the place of ``target``.
+
+    On an error the temporary folder is removed and ``target`` stays as it was. Every file is on the disk
+    before the rename.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.chmod(folder, 0o777 & ~_umask())
+        yield folder
+        for path in folder.rglob("*"):
+            sync(path)
+        sync(folder)
+        if target.exists():
+            old = folder.with_name(folder.name + "-old")
+            os.rename(target, old)
+            os.rename(folder, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON: characters stay readable, floats keep all their digits."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

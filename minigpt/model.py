@@ -1,0 +1,336 @@
+"""The GPT: a decoder-only transformer over characters, in one file that reads top to bottom.
+
+Shapes in comments: B sequences, T characters, C = n_embd, H heads of S = head_size channels, V = vocab_size.
+
+The classic architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each sub-layer and
+at the end. The switches of the recipe: rotary positions (Su et al. 2021), LayerNorm on queries and keys (Henry et
+al. 2020), squared ReLU (So et al. 2021), zero-initialised outputs (as in Zhang et al. 2019), and a short causal
+convolution over the embeddings (compare So et al. 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt.params import Model as Config
+
+MATRIX_INIT = 0.7
+"""Scale of the uniform initialisation of ``init: zero``, in units of that which keeps the variance."""
+
+
+class Cache:
+    """Keys, values and ids of the characters that the model has read, so that each is computed once.
+
+    Args:
+        config: the architecture.
+        batch_size: sequences B; all have the same length.
+        like: a weight of the model; its device and, where ``dtype`` is None, its dtype are taken.
+        dtype: what the keys and values are stored in.
+    """
+
+    def __init__(self, config: Config, batch_size: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
+        self.keys = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.ids = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=like.device)
+        self.length = 0
+
+
+class Linear(nn.Linear):
+    """A linear map computed in the dtype of its input, whatever dtype its weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Norm(nn.Module):
+    """LayerNorm over the last dimension, in the dtype of its input; scale and shift only where ``affine``."""
+
+    def __init__(self, size: int, affine: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``; its shape stays."""
+        if self.weight is None or self.bias is None:
+            return F.layer_norm(x, (self.size,))
+        return F.layer_norm(x, (self.size,), self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class ChannelDropout(nn.Module):
+    """Dropout of whole channels: one mask per sequence, shared by its positions. Input (B, T, C)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero channels with probability p and scale the rest by 1 / (1 - p), in training only."""
+        if not self.training or not self.p:
+            return x
+        kept = torch.rand(x.size(0), 1, x.size(2), device=x.device) >= self.p
+        return x * (kept.to(x.dtype) / (1 - self.p))
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)², keeping one tensor for the gradient where the composed form passes over two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Any shape."""
+        rectified = x.clamp_min(0)
+        ctx.save_for_backward(rectified)
+        return rectified * rectified
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """2 relu(x) times the gradient."""
+        (rectified,) = ctx.saved_tensors
+        return (grad * rectified).mul_(2)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation of the feed-forward layer, elementwise."""
+    if name == "relu2":
+        return cast("Tensor", SquaredReLU.apply(x)) if x.requires_grad else x.clamp_min(0).square()  # type: ignore[no-untyped-call]
+    return F.relu(x) if name == "relu" else F.gelu(x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + S/2) of the channels of ``x`` (..., T, S) by its position's angles (T, S/2)."""
+    left, right = x.chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, n_head * head_size wide inside, scaled by 1 / sqrt(head_size)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.n_head * config.head_size
+        self.qkv = Linear(config.n_embd, 3 * width, bias=config.bias)
+        self.out = Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout if config.dropout_kind == "element" else 0.0
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, C).
+            mask: 0 where a position may look and -inf elsewhere, (T, positions looked at).
+            cos_sin: of the rotary angles, each (T, S/2).
+            cache: earlier characters' keys and values; those of ``x`` are added.
+            layer: which of the cache's layers is this one's.
+
+        Returns:
+            (B, T, C).
+        """
+        B, T, _ = x.shape
+        H, S = self.config.n_head, self.config.head_size
+        qkv = self.qkv(x).view(B, T, 3, H, S).permute(2, 0, 3, 1, 4)  # (3, B, H, T, S)
+        qk, v = qkv[:2], qkv[2]
+        if self.config.qk_norm:
+            qk = F.layer_norm(qk, (S,))
+        if cos_sin:
+            qk = rotate(qk, *cos_sin)
+        q, k = qk[0], qk[1]
+        if cache:
+            seen = cache.length + T
+            cache.keys[layer, :, :, cache.length : seen] = k
+            cache.values[layer, :, :, cache.length : seen] = v
+            k, v = cache.keys[layer, :, :, :seen], cache.values[layer, :, :, :seen]
+        y = self._attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * S))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Softmax attention: queries (B, H, T, S), keys and values (B, H, U, S) -> (B, H, T, S)."""
+        B, H, T, S = q.shape
+        dropout = self.dropout if self.training else 0.0
+        if q.is_cuda or T >= 256 or k.size(2) > T:
+            causal = k.size(2) == T
+            return F.scaled_dot_product_attention(
+                q, k, v, None if causal or T == 1 else mask, dropout, is_causal=causal and T > 1
+            )
+        # On a CPU and short contexts, the fused kernel's backward pass is several times slower than these products.
+        q, k, v = (t.reshape(B * H, T, S) for t in (q, k, v))
+        weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=S**-0.5).softmax(-1)
+        return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v).view(B, H, T, S)
+
+
+class FeedForward(nn.Module):
+    """The position-wise layer: up, activation, down."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.activation = config.activation
+        hidden = max(1, round(config.mlp_ratio * config.n_embd))
+        self.up = Linear(config.n_embd, hidden, bias=config.bias)
+        self.down = Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down(activate(self.up(x), self.activation))
+
+
+class Block(nn.Module):
+    """One transformer block: each sub-layer reads a normalised residual stream and adds to it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dropout = ChannelDropout if config.dropout_kind == "channel" else nn.Dropout
+        self.norm1 = Norm(config.n_embd, config.norm_affine)
+        self.attention = Attention(config)
+        self.norm2 = Norm(config.n_embd, config.norm_affine)
+        self.feed_forward = FeedForward(config)
+        self.dropout = dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C); the other arguments are :meth:`Attention.forward`'s."""
+        x = x + self.dropout(self.attention(self.norm1(x), mask, cos_sin, cache, layer))
+        return x + self.dropout(self.feed_forward(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """Logits of the next character, for every position of a sequence.
+
+    Args:
+        config: the architecture, the section ``model`` of the params.
+        vocab_size: characters V.
+
+    Attributes:
+        compute_dtype: what activations are computed in; None for the dtype of the weights.
+    """
+
+    mask: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.compute_dtype: torch.dtype | None = None
+        C, T = config.n_embd, config.block_size
+        self.embedding = nn.Embedding(vocab_size, C)
+        if config.positions == "learned":
+            self.position = nn.Embedding(T, C)
+        if config.embd_conv > 1:
+            self.conv = nn.Parameter(torch.zeros(config.embd_conv - 1, C))
+        self.embd_norm = Norm(C, False) if config.embd_norm else nn.Identity()
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.n_layer)))
+        self.norm = Norm(C, config.norm_affine)
+        self.head = Linear(C, vocab_size, bias=config.bias)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
+        if config.positions == "rotary":
+            half = config.head_size // 2
+            speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
+            angle = torch.arange(T, dtype=torch.float64)[:, None] * speed  # (T, S/2), radians
+            self.register_buffer("cos", angle.cos().float(), persistent=False)
+            self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights from torch's generator.
+
+        ``normal``: every matrix and embedding N(0, 0.02²), biases 0, as in GPT-2. ``zero``: what writes to the
+        residual stream and the head start at 0, so that at first every block passes its input on and all characters
+        are equally likely (a loss of ln V); the other matrices are uniform within ±0.7 sqrt(3 / fan_in); character
+        embeddings are N(0, 1) where a norm follows them.
+        """
+        config = self.config
+        zero = config.init == "zero"
+        for module in self.modules():
+            if isinstance(module, Linear):
+                if zero:
+                    bound = MATRIX_INIT * math.sqrt(3 / module.in_features)
+                    module.weight.uniform_(-bound, bound)
+                else:
+                    module.weight.normal_(std=0.02)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(std=0.02)
+        if zero:
+            for block in self.blocks:
+                block.attention.out.weight.zero_()
+                block.feed_forward.down.weight.zero_()
+            if config.tied_head:
+                self.embedding.weight.normal_(std=0.02)
+            else:
+                self.embedding.weight.normal_(std=1.0 if config.embd_norm else 0.02)
+                self.head.weight.zero_()
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits in at least float32.
+
+        Args:
+            ids: characters, int64 (B, T); with a cache, those that follow what it holds.
+            cache: what the model has read so far; ``ids`` are added to it.
+
+        Returns:
+            (B, T, V): at each position, the logits of the character that comes next.
+        """
+        T = ids.size(1)
+        start = cache.length if cache else 0
+        stop = start + T
+        x = self._embed(ids, cache)
+        mask = self.mask[start:stop, :stop].to(x.dtype)
+        cos_sin = None
+        if self.config.positions == "rotary":
+            cos_sin = self.cos[start:stop].to(x.dtype), self.sin[start:stop].to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cos_sin, cache, layer)
+        if cache:
+            cache.length = stop
+        logits: Tensor = self.head(self.norm(x))
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+    def _embed(self, ids: Tensor, cache: Cache | None) -> Tensor:
+        """The residual stream's start, (B, T, C): characters, their neighbours, positions."""
+        config = self.config
+        start, T = (cache.length if cache else 0), ids.size(1)
+        before = 0
+        if cache:
+            cache.ids[:, start : start + T] = ids
+            before = min(start, config.embd_conv - 1)
+            ids = cache.ids[:, start - before : start + T]
+        x = self.embedding(ids)
+        if config.embd_conv > 1:
+            mixed = x
+            for back, weight in enumerate(self.conv[: x.size(1) - 1], 1):
+                mixed = mixed + weight * F.pad(x, (0, 0, back, -back))
+            x = mixed[:, before:]
+        if config.positions == "learned":
+            x = x + self.position.weight[start : start + T]
+        x = self.embd_norm(x)
+        return x.to(self.compute_dtype) if self.compute_dtype else x
+
+    def matrices(self) -> Iterator[tuple[Tensor, int]]:
+        """The blocks' weight matrices, each with the number of equal maps stacked in its rows (q, k and v: 3)."""
+        for block in self.blocks:
+            yield block.attention.qkv.weight, 3
+            yield block.attention.out.weight, 1
+            yield block.feed_forward.up.weight, 1
+            yield block.feed_forward.down.weight, 1
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())

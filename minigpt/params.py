@@ -1,0 +1,251 @@
+"""The typed tree of ``params.yaml``: strict, and every mistake reported at once with its dotted name.
+
+``python -m minigpt.params`` checks the file in this folder, or those named as arguments, and prints nothing
+when all is well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from minigpt.errors import UserError, run
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A section of ``params.yaml``: exact types, no unknown keys, no infinities, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """What is read, and how it is split; owned by the stage prepare."""
+
+    source: Annotated[str, Field(min_length=1)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Model(Section):
+    """The architecture; owned by the stage train."""
+
+    n_layer: Count
+    n_head: Count
+    head_size: Count
+    n_embd: Count
+    block_size: Annotated[int, Field(ge=2)]
+    positions: Literal["learned", "rotary"]
+    rotary_base: Positive
+    activation: Literal["relu", "relu2", "gelu"]
+    mlp_ratio: Positive
+    norm_affine: bool
+    embd_norm: bool
+    qk_norm: bool
+    embd_conv: Annotated[int, Field(ge=1, le=16)]
+    bias: bool
+    tied_head: bool
+    init: Literal["zero", "normal"]
+    dropout: Share
+    dropout_kind: Literal["element", "channel"]
+
+    @field_validator("positions")
+    @classmethod
+    def _rotary_needs_pairs(cls, positions: str, info: ValidationInfo) -> str:
+        head_size = info.data.get("head_size", 0)
+        if positions == "rotary" and head_size % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, so head_size must be even, got {head_size}")
+        return positions
+
+
+class Train(Section):
+    """The training; owned by the stage train."""
+
+    seed: Seed
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    max_iters: CountOrZero
+    batch_size: Count
+    grad_accum: Count
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: NotNegative
+    adam_learning_rate: NotNegative
+    momentum: Share
+    beta1: Share
+    beta2: Share
+    epsilon: Positive
+    weight_decay: NotNegative
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_iters: CountOrZero
+    final_lr: Annotated[float, Field(ge=0, le=1)]
+    grad_clip: NotNegative
+    token_dropout: Share
+    eval_interval: Count
+    eval_chars: Count
+    patience: CountOrZero
+
+    @field_validator("grad_accum")
+    @classmethod
+    def _equal_parts(cls, grad_accum: int, info: ValidationInfo) -> int:
+        batch_size = info.data.get("batch_size", grad_accum)
+        if batch_size % grad_accum:
+            raise ValueError(f"must divide batch_size into equal parts: {batch_size} is no multiple of {grad_accum}")
+        return grad_accum
+
+
+class Evaluate(Section):
+    """How the trained model is scored; owned by the stage evaluate."""
+
+    stride: CountOrZero
+
+
+class Sample(Section):
+    """What the trained model writes; owned by the stage sample."""
+
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    num_samples: Count
+    max_new_tokens: CountOrZero
+    temperature: NotNegative
+    top_k: CountOrZero
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    seed: Seed
+    overflow: Literal["hop", "slide"]
+
+
+class Params(Section):
+    """All of ``params.yaml``."""
+
+    data: Data
+    model: Model
+    train: Train
+    evaluate: Evaluate
+    sample: Sample
+
+    @field_validator("evaluate")
+    @classmethod
+    def _no_gap_between_windows(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
+        model = info.data.get("model")
+        if model and evaluate.stride > model.block_size:
+            raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
+        return evaluate
+
+    @property
+    def eval_stride(self) -> int:
+        """Characters from one evaluation window to the next: ``evaluate.stride``, or half the context."""
+        return self.evaluate.stride or self.model.block_size // 2
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (``3e-4`` is a number), as DVC reads them; PyYAML alone would give the text '3e-4'."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        UserError: the file is missing or is no YAML mapping, or any of its values is wrong; all are named.
+    """
+    try:
+        tree = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the repository's root, where params.yaml lies") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as invalid:
+        lines = [_explain(error) for error in invalid.errors()]
+    raise UserError(f"{path}: " + (lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes", *lines])))
+
+
+def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values, as DVC and MLflow show them: ``{'model.n_embd': 384, ...}``."""
+    tree = section.model_dump() if isinstance(section, BaseModel) else section
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "model_type": "a section of keys and values",
+}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors as ``model.n_embd: expected an integer, got 'abc'``."""
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    location = list(error["loc"])
+    name = ".".join(map(str, location))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _keys(location[:-1]), n=1, cutoff=0.5)
+        return f"{name}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "missing":
+        return f"{name}: missing"
+    if kind == "value_error":
+        return f"{name}: {context['error']}"
+    if kind == "literal_error":
+        return f"{name}: expected {context['expected']}, got {_shown(value)}"
+    if kind in _EXPECTED:
+        return f"{name}: expected {_EXPECTED[kind]}, got {_shown(value)}"
+    for limit, words in _LIMITS.items():
+        if limit in context:
+            return f"{name}: must be {words} {context[limit]}, got {_shown(value)}"
+    if kind == "string_pattern_mismatch":
+        return f"{name}: expected 'auto', 'cpu', 'cuda' or 'cuda:0', got {_shown(value)}"
+    if kind in ("string_too_short", "too_short"):
+        return f"{name}: must not be empty"
+    return f"{name}: {error['msg']}, got {_shown(value)}"
+
+
+def _keys(location: list[Any]) -> list[str]:
+    section: Any = Params
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _main() -> None:
+    for path in sys.argv[1:] or ["params.yaml"]:
+        load(Path(path))
+
+
+if __name__ == "__main__":
+    run(_main)

@@ -1,0 +1,82 @@
+"""The exported model as an MLflow pyfunc: a table of prompts in, a list of texts out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow.pyfunc
+from mlflow.models import set_model
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from minigpt.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt.generator import Generator
+
+REQUIREMENTS = ["torch", "numpy", "pydantic", "pyyaml", "safetensors", "tqdm"]
+"""What serving needs beside mlflow."""
+
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 0}
+"""The parameters of a request, with the values of those left out."""
+
+
+class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Continues prompts with the model that was packaged."""
+
+    generator: Generator
+
+    def load_context(self, context: Any) -> None:
+        """Read the exported model, an artifact of the package."""
+        from minigpt.checkpoint import load_model
+        from minigpt.generator import Generator
+
+        self.generator = Generator(*load_model(Path(context.artifacts["model"])))
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ANN001,ANN201,ARG002
+        """Continue each prompt of the column ``prompt``. It has no type hints: MLflow would read them as a schema.
+
+        Raises:
+            MlflowException: a prompt has a character that the model does not know, or a parameter is out of range.
+        """
+        from mlflow.exceptions import MlflowException
+
+        from minigpt.generator import Decoding
+
+        wanted = DEFAULTS | (params or {})
+        if not (0 <= wanted["max_new_tokens"] <= 100_000 and wanted["temperature"] >= 0 and 0 < wanted["top_p"] <= 1):
+            raise MlflowException.invalid_parameter_value(f"out of range: {wanted}")
+        length = wanted.pop("max_new_tokens")
+        try:
+            return [
+                self.generator.generate(prompt, length, Decoding(**wanted))[0]
+                for prompt in model_input["prompt"].tolist()
+            ]
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+
+
+def package(model: Path, target: Path) -> None:
+    """Write the exported model ``model`` as an MLflow model to ``target``, with the code that it needs."""
+    import warnings
+
+    from mlflow.models import ModelSignature
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    kinds = {int: DataType.long, float: DataType.double}
+    parameters = [ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]
+    prompts, texts = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            target,
+            python_model=__file__,
+            artifacts={"model": str(model)},
+            code_paths=[str(Path(__file__).parent)],
+            pip_requirements=REQUIREMENTS,
+            signature=ModelSignature(prompts, texts, ParamSchema(parameters)),
+        )
+
+
+set_model(Writer())

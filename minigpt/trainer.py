@@ -1,0 +1,365 @@
+"""The training loop: a pure function of params and corpus, whatever interrupts it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minigpt.checkpoint import Checkpoints, State
+from minigpt.corpus import Corpus, Split, check_context
+from minigpt.errors import Interrupted, UserError
+from minigpt.model import GPT
+from minigpt.optimizer import Optimizers, learning_rate
+from minigpt.params import Params
+from minigpt.ranks import Ranks, compute_dtype
+from minigpt.score import cross_entropy, score
+
+CHECKPOINT_SECONDS = 30.0
+"""Between two checkpoints; the environment's MINIGPT_CHECKPOINT_SECONDS goes before."""
+
+TRAIN_SAMPLE = 1 << 15
+"""Characters of the training split that an evaluation scores beside the validation split."""
+
+HISTORY = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm")
+"""Columns of the history: losses in nats per character, learning rate as a share of its peak."""
+
+
+class Observer(Protocol):
+    """Whoever is told of a training's course."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Values at a step; called again for the same steps when a training is resumed."""
+
+    def mirror(self) -> None:
+        """A good moment to pass on what was told: the training's clock stands still."""
+
+
+@dataclass
+class Outcome:
+    """What a training comes to.
+
+    Attributes:
+        weights: of the step with the least validation loss.
+        history: a row for each evaluation, with the columns of HISTORY.
+        metrics: the outcome in numbers.
+    """
+
+    weights: dict[str, Tensor]
+    history: list[dict[str, float]]
+    metrics: dict[str, float]
+
+
+def micro_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of everything random inside one micro-batch: dropout and replaced characters."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {micro}".encode(), digest_size=7).digest(), "big")
+
+
+def corrupt(ids: Tensor, share: float, vocab_size: int) -> Tensor:
+    """``ids`` with a share of them replaced by random characters."""
+    replaced = torch.rand(ids.shape, device=ids.device) < share
+    return torch.where(replaced, torch.randint_like(ids, vocab_size), ids)
+
+
+class LateReader:
+    """Numbers of a step, read on the host one step later, so that the host never waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def exchange(self, step: int, values: Tensor | None) -> tuple[int, list[float]] | None:
+        """Take the values given last and leave new ones; on a CPU, take the new ones at once."""
+        taken = self._pending
+        self._pending = None
+        if values is not None and values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (step, host, event)
+        elif values is not None:
+            taken = (step, values, None)
+        if taken is None:
+            return None
+        if taken[2] is not None:
+            taken[2].synchronize()
+        return taken[0], taken[1].tolist()
+
+
+class Stopwatch:
+    """Seconds of training: it stands still while the training is evaluated or saved.
+
+    Args:
+        seconds: what earlier processes have counted.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._before = seconds
+        self._since: float | None = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """What has been counted so far."""
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside."""
+        self._before, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
+
+
+class Trainer:
+    """One training.
+
+    Args:
+        params: all of params.yaml; ``model`` and ``train`` decide.
+        corpus: on the device of ``ranks``.
+        ranks: this process among those of the job.
+        observer: is told of every metric; None in all processes but the first.
+        checkpoints: where the state is kept; the caller holds their lock.
+    """
+
+    def __init__(
+        self, params: Params, corpus: Corpus, ranks: Ranks, observer: Observer | None, checkpoints: Checkpoints
+    ) -> None:
+        check_context(corpus, params.model.block_size)
+        self.train, self.block_size = params.train, params.model.block_size
+        self.corpus, self.ranks, self.observer, self.checkpoints = corpus, ranks, observer, checkpoints
+        torch.manual_seed(self.train.seed)
+        dtype = compute_dtype(self.train.dtype, ranks.device)
+        self.model = GPT(params.model, corpus.tokenizer.vocab_size).to(ranks.device)
+        self.model.compute_dtype = dtype
+        self.parallel = ranks.wrap(self.model)
+        self.optimizers = Optimizers(self.model, self.train, dtype or torch.float32)
+        self.found_inf = torch.zeros((), device=ranks.device)
+        self.best: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {
+            "step": 0, "best_step": 0, "best_loss": math.inf, "since_best": 0, "grad_norm": 0.0,
+            "train_seconds": 0.0, "resumed_at": [], "history": [],
+        }  # fmt: skip
+
+    def run(self) -> Outcome:
+        """Train to the end, from the newest checkpoint where there is one.
+
+        Raises:
+            Interrupted: a signal came; the state was saved.
+            UserError: the loss or the gradient is no longer finite; the weights on disk are.
+        """
+        self._resume()
+        train, facts, late = self.train, self.facts, LateReader()
+        log_interval = max(1, train.eval_interval // 10)
+        saved_at = time.monotonic()
+        clock = self.clock = Stopwatch(facts["train_seconds"])
+        logged_at = clock.seconds
+        interval = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
+        losses: list[float] = []
+        with _signals() as signals, self._bar() as bar:
+            # One round more than there are steps: the last only evaluates.
+            for step in range(facts["step"], train.max_iters + 1):
+                last = step == train.max_iters
+                if step % train.eval_interval == 0 or last:
+                    self._read(late.exchange(step, None), losses)
+                    with clock.paused():
+                        self._evaluate(step, bar)
+                if last or (train.patience and facts["since_best"] >= train.patience):
+                    break
+                self._read(late.exchange(step, self._step(step)), losses)
+                facts["step"] = step + 1
+                bar.update()
+                if len(losses) >= log_interval:
+                    self._log(step + 1, losses, clock.seconds - logged_at, bar)
+                    logged_at = clock.seconds
+                    losses.clear()
+                stop = self.ranks.any(bool(signals)) if self.ranks.world > 1 else bool(signals)
+                if stop or time.monotonic() - saved_at > interval:
+                    self._read(late.exchange(step, None), losses)
+                    with clock.paused():
+                        self._save()
+                    saved_at = time.monotonic()
+                if stop:
+                    signum = signals[0] if signals else signal.SIGTERM
+                    raise Interrupted(
+                        signum, f"saved after step {step + 1}; run the same again and it goes on from there"
+                    )
+        return Outcome(self.best, facts["history"], self._metrics())
+
+    def describe(self) -> str:
+        """The training in one line, for people."""
+        train, device = self.train, self.ranks.device
+        where = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        dtype = str(self.model.compute_dtype or torch.float32).removeprefix("torch.")
+        return (
+            f"{self.model.num_parameters():,} parameters in {dtype} on {where}; "
+            f"{train.max_iters:,} steps of {train.batch_size} x {self.block_size} characters"
+        )
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; gives (loss, norm of the gradient), read later."""
+        train = self.train
+        mine = self.ranks.micro_batches(train.grad_accum)
+        total = torch.zeros((), device=self.ranks.device)
+        for micro in mine:
+            ids, targets = self.corpus.train.batch(
+                train.seed, step, micro, train.batch_size // train.grad_accum, self.block_size
+            )
+            torch.manual_seed(micro_seed(train.seed, step, micro))
+            if train.token_dropout:
+                ids = corrupt(ids, train.token_dropout, self.model.vocab_size)
+            unsynced = self.ranks.world > 1 and micro != mine[-1]
+            with self.parallel.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
+                loss = cross_entropy(self.parallel(ids), targets)
+                (loss / len(mine)).backward()
+            total += loss.detach() / train.grad_accum
+        self.ranks.sum(total)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if train.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), train.grad_clip, norm)
+        # Once set it stays set: no later step may touch the weights before the host has seen it.
+        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(total + norm)).float())
+        self.optimizers.step(step, self.found_inf)
+        self.model.zero_grad(set_to_none=True)
+        return torch.stack((total, norm))
+
+    def _read(self, arrived: tuple[int, list[float]] | None, losses: list[float]) -> None:
+        """Take in what a step gave; stop where it is not finite."""
+        if arrived is None:
+            return
+        step, (loss, norm) = arrived
+        if not math.isfinite(loss + norm):
+            kept = self.facts.get("saved_step", 0)
+            raise UserError(
+                f"training diverged: at step {step} the loss is {loss:.4g} and the gradient's norm {norm:.4g}, "
+                f"at {learning_rate(step, self.train):.3g} of the peak learning rate {self.train.learning_rate:g}; "
+                f"the last good checkpoint is of step {kept}. Try a smaller train.learning_rate or train.grad_clip: 1"
+            )
+        losses.append(loss)
+        self.facts["grad_norm"] = norm
+
+    def _evaluate(self, step: int, bar: tqdm[Any]) -> None:
+        """Score both splits; keep the weights if they are the best so far."""
+        facts, train = self.facts, self.train
+        if facts["history"] and facts["history"][-1]["step"] >= step:
+            return
+        train_loss = self._score(self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars))
+        val_loss = self._score(self.corpus.val, train.eval_chars)
+        values = (step, train_loss, val_loss, learning_rate(step, train), facts["grad_norm"])
+        facts["history"].append(dict(zip(HISTORY, values, strict=True)))
+        if self.observer:
+            self.observer.metrics(step, {"train_loss": train_loss, "val_loss": val_loss})
+            self.observer.mirror()
+        facts["since_best"] += 1
+        better = val_loss < facts["best_loss"] or not self.best
+        if better:
+            facts |= {"best_loss": val_loss, "best_step": step, "since_best": 0}
+            self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if self.ranks.first:
+            bar.write(
+                f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{'   best' if better else ''}"
+            )
+
+    def _score(self, split: Split, max_chars: int) -> float:
+        return score(self.model, split, max_chars=max_chars, ranks=self.ranks).loss
+
+    def _log(self, step: int, losses: list[float], seconds: float, bar: tqdm[Any]) -> None:
+        """Tell of the steps since the last time; ``seconds`` is how long they took."""
+        loss = sum(losses) / len(losses)
+        speed = len(losses) * self.train.batch_size * self.block_size / max(seconds, 1e-9)
+        values = {
+            "batch_loss": loss,
+            "learning_rate": self.train.learning_rate * learning_rate(step - 1, self.train),
+            "grad_norm": self.facts["grad_norm"],
+            "chars_per_second": speed,
+        }
+        if self.observer:
+            self.observer.metrics(step, values)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} characters/s", refresh=False)
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.train.max_iters,
+            initial=self.facts["step"],
+            unit="step",
+            disable=None if self.ranks.first else True,
+        )
+
+    def _save(self) -> None:
+        self.facts |= {"saved_step": self.facts["step"], "train_seconds": self.clock.seconds}
+        if not self.ranks.first:
+            return
+        tensors = {f"weights.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}
+        self.checkpoints.save(State(tensors, self.facts))
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, and say so."""
+        state, damaged = self.checkpoints.load(self.ranks.device)
+        lines = list(damaged)
+        if state:
+            self.model.load_state_dict(_named(state.tensors, "weights."))
+            self.best = _named(state.tensors, "best.")
+            self.optimizers.load(_named(state.tensors, "optimizer."))
+            self.facts = state.facts | {"resumed_at": [*state.facts["resumed_at"], state.facts["step"]]}
+            lines.append(f"goes on after step {state.facts['step']}, from {self.checkpoints.folder}")
+        if self.ranks.first:
+            for line in lines:
+                tqdm.write(f"minigpt: {line}")
+
+    def _metrics(self) -> dict[str, float]:
+        """The training in numbers: losses in nats per character, times in seconds."""
+        facts, seconds = self.facts, self.clock.seconds
+        best = next(row for row in facts["history"] if row["step"] == facts["best_step"])
+        characters = facts["step"] * self.train.batch_size * self.block_size
+        metrics = {
+            "best_step": facts["best_step"],
+            "val_loss": best["val_loss"],
+            "train_loss": best["train_loss"],
+            "last_val_loss": facts["history"][-1]["val_loss"],
+            "steps": facts["step"],
+            "parameters": self.model.num_parameters(),
+            "train_seconds": round(seconds, 2),
+            "chars_per_second": round(characters / max(seconds, 1e-9)),
+        }
+        if self.ranks.device.type == "cuda":
+            metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.ranks.device)
+        return metrics
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The list that the first SIGINT or SIGTERM appears in; a second one ends the process at once."""
+    got: list[int] = []
+
+    def receive(signum: int, _: FrameType | None) -> None:
+        got.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

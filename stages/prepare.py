@@ -1,0 +1,27 @@
+"""Read a text; write its vocabulary and its tokens, split in two.
+
+python -m stages.prepare        data.source -> data/prepared/{train,val}.npy, tokenizer.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minigpt import corpus, errors, params
+from minigpt.files import replacing
+from stages import PREPARED
+
+
+def main() -> None:
+    """Run the stage."""
+    data = params.load().data
+    with replacing(PREPARED) as folder:
+        tokenizer, n_train, n_val = corpus.encode(Path(data.source), data.val_fraction, folder)
+    print(
+        f"minigpt: {data.source}: {n_train:,} characters to train on, {n_val:,} to validate, "
+        f"{tokenizer.vocab_size} different ones"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

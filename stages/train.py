@@ -1,0 +1,70 @@
+"""Train a GPT on the prepared tokens, tracked as one MLflow run.
+
+    python -m stages.train        data/prepared -> models/gpt, results/train/{history.csv,metrics.json,run.json}
+    torchrun --nproc-per-node 2 -m stages.train
+
+Killed at any moment, it goes on from its last checkpoint when it is run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+from minigpt import errors, params, threads
+from minigpt.files import replacing, write_json
+from stages import MODEL, PREPARED, RESULTS
+
+
+def main() -> None:
+    """Run the stage."""
+    settings = params.load()
+    threads.place()
+    from minigpt import checkpoint, corpus, ranks, serving
+    from minigpt.tracking import Tracker, workspace
+    from minigpt.trainer import HISTORY, Trainer
+
+    with ranks.join(settings.train.device, settings.train.grad_accum) as job:
+        text = corpus.load(PREPARED, job.device)
+        corpus.check_context(text, settings.model.block_size)
+        checkpoints = checkpoint.Checkpoints(workspace(), checkpoint.fingerprint(settings, text.digest))
+        with checkpoints.locked() if job.first else nullcontext():
+            tracker = Tracker(checkpoints.run_key()) if job.first else None
+            trainer = Trainer(settings, text, job, tracker, checkpoints)
+            if tracker is None:
+                trainer.run()
+                return
+            tracker.begin(settings, text)
+            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.place}")
+            try:
+                outcome = trainer.run()
+            except BaseException as error:
+                tracker.journal.status("KILLED" if isinstance(error, errors.Interrupted) else "FAILED")
+                tracker.mirror()
+                raise
+
+            checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer)
+            with replacing(RESULTS / "train") as folder:
+                with (folder / "history.csv").open("w", newline="") as file:
+                    table = csv.DictWriter(file, HISTORY, lineterminator="\n")
+                    table.writeheader()
+                    table.writerows(outcome.history)
+                write_json(folder / "metrics.json", outcome.metrics)
+                write_json(folder / "run.json", {"run": tracker.journal.key})
+
+            tracker.metrics(int(outcome.metrics["steps"]), {f"train.{k}": v for k, v in outcome.metrics.items()})
+            tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
+            with tempfile.TemporaryDirectory() as temporary:
+                packaged = Path(temporary) / "model"
+                tracker.attempt(lambda: serving.package(MODEL, packaged))
+                if packaged.exists():
+                    tracker.journal.artifact(packaged)
+            tracker.journal.status("FINISHED")
+            tracker.mirror()
+            checkpoints.remove()
+
+
+if __name__ == "__main__":
+    errors.run(main)
