@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 """Bytes read at a time while encoding."""
 
+SWEEP_CHARS = {"cpu": 1 << 13, "cuda": 1 << 18}
+"""Characters of a batch of an exact sweep, by device."""
+
 
 def text_files(source: Path) -> list[Path]:
     """The text file ``source``, or the .txt files in the folder ``source`` and below it, in order of their names.
@@ -189,7 +192,7 @@ class Split:
             wanted = max(1, max_chars // (block_size if stride == block_size else stride))
             chosen = np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
         chosen = chosen[share[0] :: share[1]]
-        batch = max(1, (1 << 18 if self.tokens.is_cuda else 1 << 13) // block_size)
+        batch = max(1, SWEEP_CHARS[self.tokens.device.type] // block_size)
         full = chosen[(chosen > 0) & (chosen * stride + block_size <= targets)]
         groups = [chosen[chosen == 0], *np.split(full, range(batch, len(full), batch))]
         groups.append(chosen[(chosen > 0) & (chosen * stride + block_size > targets)])

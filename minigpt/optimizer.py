@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -141,16 +141,21 @@ class Optimizers:
             ]
         groups = [group for group in groups if group["params"]]
         self.all.append(torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True))
-        self._peaks = [(group, float(group["lr"])) for one in self.all for group in one.param_groups]
+        for group in self._groups():
+            group["peak"] = group["lr"]
 
     def step(self, step: int, found_inf: Tensor) -> None:
         """Update the weights at the learning rate of ``step``; not where ``found_inf``, on the device, is not 0."""
         share = learning_rate(step, self.train)
-        for group, peak in self._peaks:
-            group["lr"] = peak * share
+        for group in self._groups():
+            group["lr"] = group["peak"] * share
         for one in self.all:
             one.found_inf = found_inf  # type: ignore[attr-defined]
             one.step()
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for one in self.all:
+            yield from one.param_groups
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, by a name that stays the same: ``0.12.exp_avg``."""

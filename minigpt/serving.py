@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow.pyfunc
+import pandas as pd  # not for its type alone: MLflow reads the hint of `predict`
 from mlflow.models import set_model
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -34,8 +36,13 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         self.generator = Generator(*load_model(Path(context.artifacts["model"])))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ANN001,ANN201,ARG002
-        """Continue each prompt of the column ``prompt``. It has no type hints: MLflow would read them as a schema.
+    def predict(
+        self,
+        context: Any,  # noqa: ARG002 - MLflow passes it
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """Continue each prompt of the column ``prompt``.
 
         Raises:
             MlflowException: a prompt has a character that the model does not know, or a parameter is out of range.
@@ -59,8 +66,6 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 def package(model: Path, target: Path) -> None:
     """Write the exported model ``model`` as an MLflow model to ``target``, with the code that it needs."""
-    import warnings
-
     from mlflow.models import ModelSignature
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -68,7 +73,7 @@ def package(model: Path, target: Path) -> None:
     parameters = [ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]
     prompts, texts = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", r"(?s).*input example", UserWarning)  # the signature is written out
         mlflow.pyfunc.save_model(
             target,
             python_model=__file__,

@@ -27,13 +27,13 @@ class Tokenizer:
     """One id per character.
 
     Args:
-        characters: the vocabulary; the id of a character is its position.
+        characters: the vocabulary, not empty; the id of a character is its position.
     """
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
         self._points = code_points(characters)
-        self._ids = np.full(CODE_POINTS, self.vocab_size, self.dtype if self.vocab_size < 256 else np.int32)
+        self._ids = np.zeros(int(self._points.max()) + 1, self.dtype)
         self._ids[self._points] = np.arange(self.vocab_size)
 
     @classmethod
@@ -55,7 +55,7 @@ class Tokenizer:
 
     def encode_known(self, points: NDArray[np.uint32]) -> NDArray[Any]:
         """Ids of code points that are all in the vocabulary, in the dtype of the tokens on disk; nothing is checked."""
-        return self._ids.take(points).astype(self.dtype, copy=False)
+        return self._ids.take(points)
 
     def encode(self, text: str, name: str = "the text") -> NDArray[Any]:
         """The ids of ``text``, shape (len(text),).

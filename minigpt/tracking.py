@@ -73,6 +73,7 @@ class Journal:
         self.key = key
         self.folder = workspace() / ".journal" / key
         self._metrics_until: dict[str, int] | None = None
+        self._checked = False
 
     def records(self) -> list[dict[str, Any]]:
         """All that was written, in order. A last line cut short by a crash is left out."""
@@ -135,14 +136,11 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"kind": kind, "time": int(time.time() * 1000), **fields}
         with (self.folder / "journal.jsonl").open("a+b") as file:
-            if file.tell() and not _ends_with_newline(file):
-                file.write(b"\n")
+            if not self._checked:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a crash may have left half a line
+                self._checked = True
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
 
 
 class Mirror:
@@ -197,7 +195,8 @@ class Mirror:
                 os.environ.setdefault(name, value)
             import logging
 
-            logging.getLogger("alembic").setLevel(logging.WARNING)
+            for chatty in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(chatty).setLevel(logging.WARNING)
             from mlflow import MlflowClient
             from mlflow.exceptions import MlflowException
 

@@ -1,0 +1,62 @@
+"""Sum up, for people, what the stages have made: ``python -m stages``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import textwrap
+from typing import Any
+
+from minigpt import errors, params
+from stages import MODEL, RESULTS
+
+LINES = 12
+"""Lines of the sample that are shown."""
+
+
+def main() -> None:
+    """Print the summary.
+
+    Raises:
+        UserError: a stage has not been run.
+    """
+    settings = params.load()
+    train, scores = _json("train/metrics.json"), _json("evaluate/metrics.json")
+    val = scores["val"]
+    with (RESULTS / "train" / "history.csv").open(newline="") as file:
+        first = float(next(csv.DictReader(file))["val_loss"])
+    sample = (RESULTS / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")
+    shown = [line for line in sample[1:] if line.strip()][:LINES]
+    minutes, seconds = divmod(round(train["train_seconds"]), 60)
+    print(f"""
+  {settings.data.source}: {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
+
+  validation loss   {val["loss"]:.4f} nats, {val["bits_per_character"]:.4f} bits per character
+                    exact over {val["characters"]:,} characters; before training {first:.4f} nats
+  training loss     {scores["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
+
+{textwrap.indent(chr(10).join(shown), "  | ")}
+
+  model     {MODEL}/
+  sample    {RESULTS}/sample/samples.txt
+  figures   {RESULTS}/evaluate/metrics.json, {RESULTS}/train/history.csv
+  runs      mlflow.db
+
+  next      source .venv/bin/activate
+            dvc exp run -S model.n_embd=512    train a wider one, as an experiment
+            dvc exp show                       compare them
+            make ui                            the same on a page, with curves
+            make shakespeare                   a larger text, a longer training
+""")
+
+
+def _json(name: str) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise errors.UserError(f"{RESULTS / name}: no such file; `dvc repro` makes it") from None
+    return loaded
+
+
+if __name__ == "__main__":
+    errors.run(main)

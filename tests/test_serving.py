@@ -1,0 +1,59 @@
+import subprocess
+import sys
+
+import mlflow.pyfunc
+import pandas
+import pytest
+import torch
+from conftest import params_with
+from mlflow.exceptions import MlflowException
+
+from minigpt import checkpoint, serving
+from minigpt.generator import Decoding, Generator
+from minigpt.model import GPT
+from minigpt.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """An exported model, and its package."""
+    folder = tmp_path_factory.mktemp("serving")
+    torch.manual_seed(0)
+    model = GPT(params_with(model={"init": "normal"}).model, 4)
+    checkpoint.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
+    serving.package(folder / "gpt", folder / "package")
+    return folder / "gpt", folder / "package"
+
+
+def test_a_package_writes_what_the_generator_writes(packaged):
+    model, package = packaged
+    wanted = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5}
+    texts = mlflow.pyfunc.load_model(str(package)).predict(pandas.DataFrame({"prompt": ["ab", "c\n"]}), wanted)
+    generator = Generator(*checkpoint.load_model(model))
+    assert texts == [generator.generate(p, 30, Decoding(0.9, 3, 0.8, 5))[0] for p in ("ab", "c\n")]
+
+
+def test_a_package_needs_nothing_of_the_repository(packaged, tmp_path):
+    code = (
+        "import sys, mlflow.pyfunc; print(len(mlflow.pyfunc.load_model(sys.argv[1]).predict([{'prompt': 'ab'}])[0]));"
+        "import minigpt; print(minigpt.__file__)"
+    )
+    ran = subprocess.run([sys.executable, "-I", "-c", code, packaged[1]], cwd=tmp_path, capture_output=True, text=True)
+    length, file = ran.stdout.split()
+    assert length == "202", ran.stderr
+    assert file.startswith(str(packaged[1]))
+
+
+@pytest.mark.parametrize(
+    "prompt, params, message",
+    [
+        ("xyz", {}, "character 1, 'x'"),
+        ("a", {"top_p": 1.5}, "out of range"),
+        ("a", {"max_new_tokens": -1}, "out of range"),
+    ],
+)
+def test_bad_requests_are_the_callers_fault(packaged, prompt, params, message):
+    loaded = mlflow.pyfunc.load_model(str(packaged[1]))
+    with pytest.raises(MlflowException, match=message) as error:
+        loaded.predict(pandas.DataFrame({"prompt": [prompt]}), params)
+    assert error.value.get_http_status_code() == 400

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt.errors import UserError
+from minigpt.tokenizer import CODE_POINTS, Tokenizer, code_points
+
+
+def fitted(text):
+    seen = np.zeros(CODE_POINTS, dtype=bool)
+    seen[code_points(text)] = True
+    return Tokenizer.of(seen)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1))
+def test_every_text_round_trips(text):
+    tokenizer = fitted(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.characters == "".join(sorted(set(text)))
+
+
+@pytest.mark.parametrize(
+    "size, dtype", [(1, np.uint8), (256, np.uint8), (257, np.int16), (32768, np.int16), (32769, np.int32)]
+)
+def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
+    tokenizer = Tokenizer("".join(map(chr, range(0x10000, 0x10000 + size))))
+    ids = tokenizer.encode(tokenizer.characters)
+    assert ids.dtype == dtype
+    assert ids.tolist() == list(range(size))
+
+
+def test_an_unknown_character_is_shown_with_its_place_and_code_point():
+    with pytest.raises(UserError, match=r"the prompt: character 3, 'é' \(U\+00E9 LATIN SMALL LETTER E WITH ACUTE\)"):
+        fitted("abc").encode("abé", "the prompt")
+
+
+def test_a_saved_vocabulary_comes_back(tmp_path):
+    tokenizer = fitted('नमस्ते\n\u2028𝄞"\\')
+    tokenizer.save(tmp_path / "t.json")
+    assert Tokenizer.load(tmp_path / "t.json").characters == tokenizer.characters
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"characters": ""}', '{"characters": "aa"}', '{"characters": 3}'])
+def test_a_damaged_vocabulary_is_refused(tmp_path, content):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(UserError, match=r"t\.json: not a vocabulary"):
+        Tokenizer.load(tmp_path / "t.json")
