@@ -32,7 +32,8 @@ def run(main: Callable[[], None]) -> None:
         print(f"minigpt: {error}", file=sys.stderr)
         if "DVC_STAGE" in os.environ:
             print(
-                "minigpt: DVC kept the outputs of the last good run; `dvc checkout` brings them back", file=sys.stderr
+                "minigpt: DVC kept the outputs of the last good run; `dvc checkout dvc.yaml` brings them back",
+                file=sys.stderr,
             )
         sys.exit(1)
     except Interrupted as stop:
