@@ -144,7 +144,7 @@ class Optimizers:
         for group in self._groups():
             group["peak"] = group["lr"]
 
-    def step(self, step: int, found_inf: Tensor) -> None:
+    def step(self, step: int, found_inf: Tensor | None = None) -> None:
         """Update the weights at the learning rate of ``step``; not where ``found_inf``, on the device, is not 0."""
         share = learning_rate(step, self.train)
         for group in self._groups():

@@ -232,9 +232,13 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(grads)
         if train.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), train.grad_clip, norm)
-        # Once set it stays set: no later step may touch the weights before the host has seen it.
-        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(total + norm)).float())
-        self.optimizers.step(step, self.found_inf)
+        finite = torch.isfinite(total + norm)
+        if finite.is_cuda:
+            # Once set it stays set: no later step may touch the weights before the host has seen it.
+            self.found_inf = torch.maximum(self.found_inf, (~finite).float())
+            self.optimizers.step(step, self.found_inf)
+        elif finite:
+            self.optimizers.step(step)
         self.model.zero_grad(set_to_none=True)
         return torch.stack((total, norm))
 

@@ -22,7 +22,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     threads.place()
-    from minigpt import checkpoint, corpus, ranks, serving
+    from minigpt import charts, checkpoint, corpus, ranks, serving
     from minigpt.tracking import Tracker, workspace
     from minigpt.trainer import HISTORY, Trainer
 
@@ -57,10 +57,12 @@ def main() -> None:
             tracker.metrics(int(outcome.metrics["steps"]), {f"train.{k}": v for k, v in outcome.metrics.items()})
             tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
             with tempfile.TemporaryDirectory() as temporary:
-                packaged = Path(temporary) / "model"
+                chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
+                tracker.attempt(lambda: charts.loss(outcome.history, settings.data.source, chart))
                 tracker.attempt(lambda: serving.package(MODEL, packaged))
-                if packaged.exists():
-                    tracker.journal.artifact(packaged)
+                for made, shown_in in ((chart, "train"), (packaged, "")):
+                    if made.exists():
+                        tracker.journal.artifact(made, shown_in)
             tracker.journal.status("FINISHED")
             tracker.mirror()
             checkpoints.remove()
