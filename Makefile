@@ -50,11 +50,11 @@ shakespeare: data/shakespeare.txt  ## fetch Tiny Shakespeare and train its profi
 # From the DVC remote, if there is one that has it; else from where it was first published, its digest checked.
 data/shakespeare.txt: | $(VENV)/installed
 	@dvc pull --quiet $@.dvc 2>/dev/null || { \
-	  url=$$(sed -n 's/^- path: //p' $@.dvc); md5=$$(sed -n 's/^- md5: //p' $@.dvc); \
+	  url=$$(grep -oE 'https?://[^ ]*' $@.dvc); md5=$$(sed -n 's/^- md5: //p' $@.dvc); \
 	  dvc get-url --quiet --force "$$url" $@.new && \
 	  python -c 'import hashlib, sys; sys.exit(hashlib.md5(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' $@.new $$md5 && \
 	  mv $@.new $@; } || { rm -f $@.new; \
-	  echo "minigpt: Tiny Shakespeare came neither from a DVC remote nor from $$(sed -n 's/^- path: //p' $@.dvc)"; \
+	  echo "minigpt: Tiny Shakespeare came neither from a DVC remote nor from $$(grep -oE 'https?://[^ ]*' $@.dvc)"; \
 	  echo "minigpt: put it at $@, or name a DVC remote that holds it: dvc remote add --local --default NAME URL"; exit 1; } >&2
 
 ui: $(VENV)/installed  ## open the MLflow page of this repository's runs

@@ -90,7 +90,9 @@ def encode(source: Path, val_fraction: float, folder: Path) -> tuple[Tokenizer, 
     seen = np.zeros(CODE_POINTS, dtype=np.bool_)
     total = 0
     for text in read_text(source):
-        seen[code_points(text)] = True
+        points = code_points(text)
+        if not seen.take(points, mode="clip").all():  # reading is three times as fast as marking
+            seen[points] = True
         total += len(text)
     if not total:
         raise UserError(f"{source}: empty; there is nothing to learn from")

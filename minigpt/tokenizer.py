@@ -18,8 +18,13 @@ CODE_POINTS = 0x110000
 """How many code points Unicode has."""
 
 
-def code_points(text: str) -> NDArray[np.uint32]:
-    """The characters of ``text`` as numbers, shape (len(text),)."""
+def code_points(text: str) -> NDArray[Any]:
+    """The characters of ``text`` as numbers, shape (len(text),), in the narrowest type that CPython can copy."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    units = text.encode("utf-16-le", "surrogatepass")
+    if len(units) == 2 * len(text):
+        return np.frombuffer(units, dtype="<u2")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -32,7 +37,7 @@ class Tokenizer:
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
-        self._points = code_points(characters)
+        self._points = code_points(characters).astype("<u4")
         self._ids = np.zeros(int(self._points.max()) + 1, self.dtype)
         self._ids[self._points] = np.arange(self.vocab_size)
 
@@ -53,9 +58,9 @@ class Tokenizer:
         sizes = {1 << 8: np.uint8, 1 << 15: np.int16}
         return np.dtype(next((kind for size, kind in sizes.items() if self.vocab_size <= size), np.int32))
 
-    def encode_known(self, points: NDArray[np.uint32]) -> NDArray[Any]:
+    def encode_known(self, points: NDArray[Any]) -> NDArray[Any]:
         """Ids of code points that are all in the vocabulary, in the dtype of the tokens on disk; nothing is checked."""
-        return self._ids.take(points)
+        return self._ids.take(points, mode="clip")
 
     def encode(self, text: str, name: str = "the text") -> NDArray[Any]:
         """The ids of ``text``, shape (len(text),).

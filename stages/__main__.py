@@ -43,10 +43,11 @@ def main() -> None:
   runs      mlflow.db
 
   next      source .venv/bin/activate
-            dvc exp run -S model.n_embd=512    train a wider one, as an experiment
-            dvc exp show                       compare them
-            make ui                            the same on a page, with curves
-            make shakespeare                   a larger text, a longer training
+            git add dvc.lock && git commit -am "a first run"    what experiments are compared with
+            dvc exp run -S model.n_embd=512                     train a wider one, as an experiment
+            dvc exp show --only-changed                         compare them
+            make ui                                             the same on a page, with curves
+            make shakespeare                                    a larger text, a longer training
 """)
 
 
