@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minigpt.errors import UserError
@@ -104,9 +104,7 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Write a state; all but the last two are removed."""
         with replacing(self.folder / f"step-{state.facts['step']:06d}") as folder:
-            save_file(
-                {name: t.detach().contiguous().cpu() for name, t in state.tensors.items()}, folder / "state.safetensors"
-            )
+            _write_tensors(folder / "state.safetensors", state.tensors)
             write_json(folder / "state.json", state.facts)
             write_json(folder / "digests.json", {path.name: _digest(path) for path in sorted(folder.iterdir())})
         for old in self._steps()[: -self.KEPT]:
@@ -138,6 +136,17 @@ class Checkpoints:
         return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors; two names of one tensor become two copies, which the format asks for."""
+    seen: set[int] = set()
+    plain = {}
+    for name, value in tensors.items():
+        here = value.detach().cpu().contiguous()
+        plain[name] = here.clone() if here.data_ptr() in seen else here
+        seen.add(here.data_ptr())
+    path.write_bytes(save(plain))
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -149,10 +158,8 @@ def _digest(path: Path) -> str:
 def export(folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write a trained model: model.safetensors, config.json and tokenizer.json in one folder."""
     with replacing(folder) as target:
-        names = {name for name in weights if not (config.tied_head and name == "head.weight")}
-        save_file(
-            {name: weights[name].detach().contiguous().cpu() for name in sorted(names)}, target / "model.safetensors"
-        )
+        tied = {"head.weight"} if config.tied_head else set()
+        _write_tensors(target / "model.safetensors", {name: weights[name] for name in weights if name not in tied})
         write_json(target / "config.json", {"vocab_size": tokenizer.vocab_size, "model": config.model_dump()})
         tokenizer.save(target / "tokenizer.json")
 

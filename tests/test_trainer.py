@@ -56,7 +56,7 @@ def digest(weights):
 VARIANTS = [
     {},
     {"optimizer": "adamw", "learning_rate": 1e-2, "grad_accum": 2, "grad_clip": 0.1},
-    {"dtype": "bfloat16", "model": {"dropout_kind": "element"}},
+    {"dtype": "bfloat16", "model": {"dropout_kind": "element", "tied_head": True}},
 ]
 
 
@@ -155,6 +155,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(text, tm
 def test_a_corpus_shorter_than_the_context_is_refused(text, tmp_path):
     with pytest.raises(UserError, match=r"too few for model\.block_size = 5000"):
         trainer(text, tmp_path, model={"block_size": 5000})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gpu_trains_what_a_cpu_does(tmp_path, optimizer):
+    text = "the quick brown fox jumps over the lazy dog.\n" * 100
+    (tmp_path / "a.txt").write_text(text)
+    corpus.encode(tmp_path / "a.txt", 0.1, tmp_path)
+    losses = []
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        params = params_with(
+            model={"dropout": 0.0},
+            train={"dtype": "float32", "token_dropout": 0.0, "device": name, "optimizer": optimizer},
+        )
+        there = corpus.load(tmp_path, device)
+        one = Trainer(params, there, Ranks(0, 1, device), None, Checkpoints(tmp_path / name, "f00d"))
+        losses.append([row["val_loss"] for row in one.run().history])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
 
 
 def test_metrics_tell_what_was_done(text, tmp_path):
