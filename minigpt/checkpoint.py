@@ -110,8 +110,13 @@ class Checkpoints:
         for old in self._steps()[: -self.KEPT]:
             shutil.rmtree(old)
 
-    def load(self, device: torch.device) -> tuple[State | None, list[str]]:
-        """The newest state that is whole, and a line on each that is not."""
+    def load(self, device: torch.device, shapes: dict[str, torch.Size]) -> tuple[State | None, list[str]]:
+        """The newest state that is whole, and a line on each that is not.
+
+        Args:
+            device: where its tensors are put.
+            shapes: of tensors that the state must have, by name.
+        """
         damaged: list[str] = []
         for folder in reversed(self._steps()):
             try:
@@ -120,10 +125,17 @@ class Checkpoints:
                     if _digest(folder / name) != digests[name]:
                         raise ValueError(f"{name} does not have its recorded digest")
                 facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                return State(load_file(folder / "state.safetensors", str(device)), facts), damaged
+                tensors = load_file(folder / "state.safetensors", str(device))
+                if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape]:
+                    raise ValueError(f"{wrong[0]} has another shape than the model's")
+                return State(tensors, facts), damaged
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged.append(f"{folder}: damaged, passed over: {error}")
         return None, damaged
+
+    def others(self) -> int:
+        """How many other unfinished trainings have states here."""
+        return sum(1 for path in self.folder.parent.glob("*/step-*/digests.json") if path.parent.parent != self.folder)
 
     def remove(self) -> None:
         """Forget this training, once its outcome is exported."""

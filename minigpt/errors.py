@@ -17,6 +17,7 @@ class Interrupted(Exception):  # noqa: N818 - it is none
 
     Attributes:
         signum: the signal; the process exits with 128 + signum, so that DVC records nothing as complete.
+            A process that notices that its parent has died takes it for a SIGHUP.
     """
 
     def __init__(self, signum: int, message: str) -> None:

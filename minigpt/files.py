@@ -26,10 +26,13 @@ def replacing(target: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside ``target``; on success it takes the place of ``target``.
 
     On an error the temporary folder is removed and ``target`` stays as it was. Every file is on the disk
-    before the rename.
+    before the rename. What a killed process left of an earlier try is removed; two processes must not write
+    the same target at once.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    for left in target.parent.glob(f".{target.name}-*.tmp"):
+        shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
     try:
         os.chmod(folder, 0o777 & ~_umask())
         yield folder
@@ -37,7 +40,7 @@ def replacing(target: Path) -> Iterator[Path]:
             sync(path)
         sync(folder)
         if target.exists():
-            old = folder.with_name(folder.name + "-old")
+            old = folder.with_name(f".{target.name}-old.tmp")
             os.rename(target, old)
             os.rename(folder, target)
             shutil.rmtree(old)

@@ -48,11 +48,13 @@ class Ranks:
             distributed.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says yes; the same answer in all."""
+    def any(self, value: int) -> int:
+        """The greatest of the processes' values: whether any says yes, the same answer in all."""
         if self.world == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+            return value
+        greatest = torch.tensor(value, device=self.device)
+        distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
+        return int(greatest.item())
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

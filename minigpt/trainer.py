@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -26,8 +27,11 @@ from minigpt.params import Params
 from minigpt.ranks import Ranks, compute_dtype
 from minigpt.score import cross_entropy, score
 
-CHECKPOINT_SECONDS = 30.0
-"""Between two checkpoints; the environment's MINIGPT_CHECKPOINT_SECONDS goes before."""
+CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
+"""The most between two checkpoints; MINIGPT_CHECKPOINT_SECONDS and _STEPS of the environment go before."""
+
+SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
+"""What may stand between DVC and the stage that it runs."""
 
 TRAIN_SAMPLE = 1 << 15
 """Characters of the training split that an evaluation scores beside the validation split."""
@@ -163,12 +167,13 @@ class Trainer:
         self._resume()
         train, facts, late = self.train, self.facts, LateReader()
         log_interval = max(1, train.eval_interval // 10)
-        saved_at = time.monotonic()
+        seconds = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
+        steps = int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
+        saved_at, saved_step = time.monotonic(), facts["step"]
         clock = self.clock = Stopwatch(facts["train_seconds"])
         logged_at = clock.seconds
-        interval = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
         losses: list[float] = []
-        with _signals() as signals, self._bar() as bar:
+        with Signals() as signals, self._bar() as bar:
             # One round more than there are steps: the last only evaluates.
             for step in range(facts["step"], train.max_iters + 1):
                 last = step == train.max_iters
@@ -185,17 +190,15 @@ class Trainer:
                     self._log(step + 1, losses, clock.seconds - logged_at, bar)
                     logged_at = clock.seconds
                     losses.clear()
-                stop = self.ranks.any(bool(signals)) if self.ranks.world > 1 else bool(signals)
-                if stop or time.monotonic() - saved_at > interval:
+                stop = self.ranks.any(signals.first())
+                if stop or time.monotonic() - saved_at >= seconds or step + 1 - saved_step >= steps:
                     self._read(late.exchange(step, None), losses)
                     with clock.paused():
                         self._save()
-                    saved_at = time.monotonic()
+                    saved_at, saved_step = time.monotonic(), step + 1
                 if stop:
-                    signum = signals[0] if signals else signal.SIGTERM
-                    raise Interrupted(
-                        signum, f"saved after step {step + 1}; run the same again and it goes on from there"
-                    )
+                    why = "DVC has ended" if stop == signal.SIGHUP else f"stopped by {signal.Signals(stop).name}"
+                    raise Interrupted(stop, f"{why}; saved after step {step + 1}: run the same again, and it goes on")
         return Outcome(self.best, facts["history"], self._metrics())
 
     def describe(self) -> str:
@@ -315,14 +318,18 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, and say so."""
-        state, damaged = self.checkpoints.load(self.ranks.device)
-        lines = list(damaged)
+        shapes = {f"weights.{name}": value.shape for name, value in self.model.state_dict().items()}
+        state, lines = self.checkpoints.load(self.ranks.device, shapes)
         if state:
             self.model.load_state_dict(_named(state.tensors, "weights."))
             self.best = _named(state.tensors, "best.")
             self.optimizers.load(_named(state.tensors, "optimizer."))
             self.facts = state.facts | {"resumed_at": [*state.facts["resumed_at"], state.facts["step"]]}
             lines.append(f"goes on after step {state.facts['step']}, from {self.checkpoints.folder}")
+        elif lines:
+            lines.append("starts afresh: no checkpoint of this training is whole")
+        elif self.checkpoints.others():
+            lines.append("starts afresh: the unfinished trainings here are of other params, data or code")
         if self.ranks.first:
             for line in lines:
                 tqdm.write(f"minigpt: {line}")
@@ -352,18 +359,49 @@ def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The list that the first SIGINT or SIGTERM appears in; a second one ends the process at once."""
-    got: list[int] = []
+class Signals:
+    """What asks a training to stop: SIGINT, SIGTERM, or the death of the DVC that started it.
 
-    def receive(signum: int, _: FrameType | None) -> None:
-        got.append(signum)
+    A second signal of a kind ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._got: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._starters = starters()
+        self._looked = time.monotonic()
+
+    def __enter__(self) -> Signals:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        self._got.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    def first(self) -> int:
+        """The first that came, 0 for none; SIGHUP stands for a DVC that has died."""
+        if not self._got and self._starters and time.monotonic() - self._looked > 0.5:
+            self._looked = time.monotonic()
+            if starters() != self._starters:
+                self._got.append(signal.SIGHUP)
+        return self._got[0] if self._got else 0
+
+
+def starters() -> list[int]:
+    """The process that runs this stage for DVC, through the shell between them; empty where there is no DVC."""
+    if "DVC_STAGE" not in os.environ:
+        return []
+    chain = [os.getppid()]
+    proc = Path("/proc") / str(chain[0])
     try:
-        yield got
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        if (proc / "comm").read_text().strip() in SHELLS:
+            chain.append(int((proc / "stat").read_text().rpartition(")")[2].split()[1]))
+    except OSError:  # no such file system, or the process has just ended: its own id is told all the same
+        return chain
+    return chain

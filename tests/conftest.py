@@ -85,6 +85,22 @@ def make_workspace(folder, project_files):
     return folder
 
 
+def make_repository(folder, project_files, *changes):
+    """A workspace that is a git repository, with changed params, committed."""
+    make_workspace(folder, project_files)
+    set_params(folder, *changes)
+    for arguments in (
+        ("init", "--quiet"),
+        ("config", "user.name", "test"),
+        ("config", "user.email", "test@example.com"),
+        ("add", "--all"),
+        ("commit", "--quiet", "--message", "start"),
+    ):
+        ran = command("git", *arguments, cwd=folder)
+        assert ran.returncode == 0, ran.stderr
+    return folder
+
+
 def set_params(folder, *changes):
     """Change params.yaml in ``folder``."""
     path = folder / "params.yaml"

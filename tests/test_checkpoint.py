@@ -13,6 +13,7 @@ from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
+SHAPES = {"a": torch.Size((3, 2)), "b": torch.Size((4,))}
 
 
 def state(step):
@@ -25,10 +26,10 @@ def checkpoints(tmp_path):
 
 
 def test_the_newest_state_comes_back_and_two_are_kept(checkpoints):
-    assert checkpoints.load(CPU) == (None, [])
+    assert checkpoints.load(CPU, {}) == (None, [])
     for step in (3, 7, 20):
         checkpoints.save(state(step))
-    found, damaged = checkpoints.load(CPU)
+    found, damaged = checkpoints.load(CPU, SHAPES)
     assert damaged == []
     assert found.facts == state(20).facts
     assert torch.equal(found.tensors["a"], state(20).tensors["a"])
@@ -49,7 +50,7 @@ def test_a_damaged_state_is_passed_over_and_named(checkpoints, name, harm):
         path.unlink()
     else:
         path.write_bytes(data if harm == "flip" else data[: len(data) // 2])
-    found, damaged = checkpoints.load(CPU)
+    found, damaged = checkpoints.load(CPU, SHAPES)
     assert found.facts["step"] == 3
     assert len(damaged) == 1
     assert "step-000007" in damaged[0]
@@ -131,3 +132,18 @@ def test_a_model_of_another_shape_is_refused_by_the_name_of_its_weight(exported)
 def test_a_missing_model_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match="dvc repro train"):
         load_model(tmp_path / "gpt")
+
+
+def test_a_state_of_another_shape_is_passed_over(checkpoints):
+    checkpoints.save(state(3))
+    checkpoints.save(State({"a": torch.zeros(2, 3), "b": torch.arange(4)}, {"step": 7}))
+    found, damaged = checkpoints.load(CPU, SHAPES)
+    assert found.facts["step"] == 3
+    assert "a has another shape" in damaged[0]
+
+
+def test_what_a_killed_save_left_is_cleared_away(checkpoints):
+    checkpoints.save(state(3))
+    (checkpoints.folder / ".step-000007-x1y2.tmp").mkdir()
+    checkpoints.save(state(7))
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-000003", "step-000007"]

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import ROOT, SHAKESPEARE, command, make_workspace, python, set_params
+from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_params
 
 CORE = "errors files params tokenizer corpus ranks model optimizer score checkpoint generator trainer".split()  # noqa: SIM905
 ORDER = [*CORE, "tracking", "serving"]
@@ -97,11 +97,7 @@ def test_the_songs_are_in_devanagari():
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, project_files):
     """A git repository of the project with small params, reproduced once; gives its folder and what was printed."""
-    folder = make_workspace(tmp_path_factory.mktemp("pipeline") / "repository", project_files)
-    git = ("git", "-c", "user.name=test", "-c", "user.email=test@example.com")
-    command("git", "init", "--quiet", cwd=folder)
-    command(*git, "add", "--all", cwd=folder)
-    assert command(*git, "commit", "--quiet", "--message", "start", cwd=folder).returncode == 0
+    folder = make_repository(tmp_path_factory.mktemp("pipeline") / "repository", project_files)
     return folder, repro(folder)
 
 

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ def fitted(text):
     return Tokenizer.of(seen)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=10_000 if os.environ.get("TORTURE") == "full" else 500, deadline=None)
 @given(st.text(min_size=1))
 def test_every_text_round_trips(text):
     tokenizer = fitted(text)
