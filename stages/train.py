@@ -22,7 +22,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     threads.place()
-    from minigpt import charts, checkpoint, corpus, ranks, serving
+    from minigpt import charts, checkpoint, corpus, ranks
     from minigpt.tracking import Tracker, workspace
     from minigpt.trainer import HISTORY, Trainer
 
@@ -59,13 +59,20 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
                 tracker.attempt(lambda: charts.loss(outcome.history, settings.data.source, chart))
-                tracker.attempt(lambda: serving.package(MODEL, packaged))
+                tracker.attempt(lambda: package(packaged))
                 for made, shown_in in ((chart, "train"), (packaged, "")):
                     if made.exists():
                         tracker.journal.artifact(made, shown_in)
             tracker.journal.status("FINISHED")
             tracker.mirror()
             checkpoints.remove()
+
+
+def package(target: Path) -> None:
+    """The model as an MLflow model; mlflow need not be there to train."""
+    from minigpt import serving
+
+    serving.package(MODEL, target)
 
 
 if __name__ == "__main__":
