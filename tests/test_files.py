@@ -1,0 +1,49 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from minigpt.files import replacing
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path):
+    for text in ("old", "new"):
+        with replacing(tmp_path / "deep" / "out") as folder:
+            (folder / f"{text}.txt").write_text(text)
+            assert not (tmp_path / "deep/out" / f"{text}.txt").exists()
+    assert content(tmp_path / "deep/out") == {"new.txt": "new"}
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path):
+    with replacing(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert content(tmp_path / "out") == {"a.txt": "old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_kill_leaves_the_old_one_and_the_next_try_clears_up(tmp_path):
+    with replacing(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from minigpt.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a.txt').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert content(tmp_path / "out") == {"a.txt": "old"}
+    with replacing(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("new")
+    assert content(tmp_path / "out") == {"a.txt": "new"}
+    assert os.listdir(tmp_path) == ["out"]
