@@ -140,11 +140,6 @@ class Params(Section):
             raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
         return evaluate
 
-    @property
-    def eval_stride(self) -> int:
-        """Characters from one evaluation window to the next: ``evaluate.stride``, or half the context."""
-        return self.evaluate.stride or self.model.block_size // 2
-
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (``3e-4`` is a number), as DVC reads them; PyYAML alone would give the text '3e-4'."""

@@ -35,8 +35,8 @@ TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES
 RUN_TAG = "minigpt.run"
 """The MLflow tag that holds a run's key: how a run is found again."""
 
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-"""What MLflow's API takes in one request."""
+METRICS_PER_REQUEST = 1000
+"""What MLflow's API takes in one batch."""
 
 TRAINED = ("data", "model", "train")
 """The sections of params.yaml that the train stage records; the later stages record their own."""
@@ -261,7 +261,7 @@ class Mirror:
 
 def _batches_with(group: list[dict[str, Any]], record: dict[str, Any]) -> bool:
     size = sum(len(r["values"]) for r in [*group, record] if "values" in r)
-    return group[0]["kind"] == record["kind"] == "metrics" and size <= BATCH["metrics"]
+    return group[0]["kind"] == record["kind"] == "metrics" and size <= METRICS_PER_REQUEST
 
 
 def _dataset_input(record: dict[str, Any]) -> Any:

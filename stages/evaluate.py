@@ -25,7 +25,7 @@ def main() -> None:
     if text.tokenizer.characters != tokenizer.characters:
         raise errors.UserError(f"{MODEL}: trained on another vocabulary than that of {PREPARED}; `dvc repro train`")
 
-    stride = settings.evaluate.stride or max(1, model.config.block_size // 2)
+    stride = settings.evaluate.stride or model.config.block_size // 2
     metrics = {}
     for name, split in (("val", text.val), ("train", text.train)):
         whole = score(model, split)

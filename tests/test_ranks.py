@@ -81,4 +81,3 @@ def test_dtypes():
     cpu = torch.device("cpu")
     assert compute_dtype("float32", cpu) is None
     assert compute_dtype("bfloat16", cpu) == torch.bfloat16
-    assert compute_dtype("auto", cpu) in (None, torch.bfloat16)
