@@ -362,7 +362,7 @@ def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Signals:
     """What asks a training to stop: SIGINT, SIGTERM, or the death of the DVC that started it.
 
-    A second signal of a kind ends the process at once.
+    A second signal, of either kind, ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -382,7 +382,8 @@ class Signals:
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         self._got.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        for known in self._before:
+            signal.signal(known, signal.SIG_DFL)
 
     def first(self) -> int:
         """The first that came, 0 for none; SIGHUP stands for a DVC that has died."""

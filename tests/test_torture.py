@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, command, make_repository, make_workspace, overlay, python, set_params
+from conftest import ROOT, SMALL, command, make_repository, make_workspace, overlay, python, set_params
 
 FULL = os.environ.get("TORTURE") == "full"
 LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
@@ -165,6 +165,19 @@ def test_a_signal_saves_within_a_step_and_sets_the_exit_code(tmp_path, project_f
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_of_either_kind_leaves_at_once(second):
+    code = (
+        "import os, signal, time; from minigpt.trainer import Signals\n"
+        "with Signals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); assert signals.first() == signal.SIGINT\n"
+        f"    os.kill(os.getpid(), signal.{second}); time.sleep(60); print('still here')"
+    )
+    ran = python("-c", code, cwd=ROOT)
+    assert ran.returncode == -getattr(signal, second)
+    assert ran.stdout == ""
+
+
 def test_changed_params_start_afresh_and_say_so(tmp_path, project_files):
     folder = prepared(tmp_path / "work", project_files)
     process = start_training(folder)
@@ -254,7 +267,6 @@ def test_a_full_disk_tears_nothing_and_goes_on_with_space(tmp_path, project_file
 def test_mutated_params_are_accepted_or_one_clear_message(tmp_path):
     """Values, keys and bytes of a params file changed at random: valid, or a message; never a traceback."""
     import yaml
-    from conftest import ROOT
 
     from minigpt.errors import UserError
     from minigpt.params import load
