@@ -121,6 +121,37 @@ def _write_header(file: BinaryIO, length: int, dtype: np.dtype[Any]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def mix(words: Words) -> Words:
+    """A hash of 64-bit words: the output function of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
+
+
+def shuffled(places: Words, n: int, keys: Words) -> Words:
+    """Where each of ``places``, in [0, n), goes in the permutation of range(n) that its key chooses.
+
+    A Feistel network over the next larger domain of 4^k numbers; what leaves [0, n) goes through it again until it is
+    back (Black and Rogaway 2002). So a permutation of any length takes no memory.
+    """
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    result = places.copy()
+    outside = np.ones(len(places), dtype=np.bool_)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & low
+        for number in range(6):
+            left, right = right, left ^ (mix(right ^ mix(keys[outside] + np.uint64(number))) & low)
+        result[outside] = left << half | right
+        outside = result >= n
+    return result
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Part of an exact sweep: windows of one length, as a batch.
@@ -149,15 +180,16 @@ class Split:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(
-        self, seed: int, step: int, micro: int, batch_size: int, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows that depend on nothing but the arguments.
+    def batch(self, seed: int, first: int, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows ``first`` to ``first + batch_size - 1`` of an endless stream that the arguments alone decide.
+
+        The stream runs through the split in epochs. In each, the split is cut into windows that do not overlap, from
+        an offset of its own, and they come in an order of their own: all are read equally often, which leaves less
+        to learn twice, and more once, than windows at random places.
 
         Args:
             seed: of the training.
-            step: of the training.
-            micro: of the step's micro-batches, counted over all processes.
+            first: windows that the training has read before.
             batch_size: windows B.
             block_size: characters T of a window.
 
@@ -166,8 +198,12 @@ class Split:
         """
         import torch
 
-        raw = np.random.Philox(key=[seed, (step << 20) + micro]).random_raw(batch_size)
-        starts = torch.from_numpy((raw % np.uint64(len(self) - block_size)).astype(np.int64))
+        per_epoch = max(1, (len(self) - block_size) // block_size)
+        epochs, places = np.divmod(np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(per_epoch))
+        keys = mix(mix(epochs) ^ np.uint64(seed))
+        offsets = mix(keys) % np.uint64(len(self) - per_epoch * block_size)
+        begins = offsets + shuffled(places, per_epoch, keys) * np.uint64(block_size)
+        starts = torch.from_numpy(begins.astype(np.int64))
         if self.tokens.is_cuda:
             starts = starts.pin_memory().to(self.tokens.device, non_blocking=True)
         windows = self.tokens.unfold(0, block_size + 1, 1)[starts].long()

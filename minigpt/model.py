@@ -155,7 +155,7 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, C).
-            mask: 0 where a position may look and -inf elsewhere, (T, positions looked at).
+            mask: 0 where a position may look and -inf elsewhere, (T, positions looked at); or :func:`local_mask`.
             cos_sin: of the rotary angles, each (T, S/2).
             cache: earlier characters' keys and values; those of ``x`` are added.
             layer: which of the cache's layers is this one's.
@@ -177,22 +177,63 @@ class Attention(nn.Module):
             cache.keys[layer, :, :, cache.length : seen] = k
             cache.values[layer, :, :, cache.length : seen] = v
             k, v = cache.keys[layer, :, :, :seen], cache.values[layer, :, :, :seen]
-        y = self._attend(q, k, v, mask)
+        y = self._attend_locally(q, k, v, mask) if mask.ndim == 3 else self._attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, H * S))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Softmax attention: queries (B, H, T, S), keys and values (B, H, U, S) -> (B, H, T, S)."""
         B, H, T, S = q.shape
+        window = self.config.attention_window
         dropout = self.dropout if self.training else 0.0
-        if q.is_cuda or T >= 256 or k.size(2) > T:
-            causal = k.size(2) == T
+        if T == 1 and window:
+            k, v, mask = k[:, :, -window:], v[:, :, -window:], mask[:, -window:]
+        if q.is_cuda or T > 512 or k.size(2) > T:
+            causal = k.size(2) == T and not 0 < window < T
             return F.scaled_dot_product_attention(
                 q, k, v, None if causal or T == 1 else mask, dropout, is_causal=causal and T > 1
             )
-        # On a CPU and short contexts, the fused kernel's backward pass is several times slower than these products.
+        # On a CPU and short contexts, the fused kernel's backward pass is slower than these products: 3 times at 256.
         q, k, v = (t.reshape(B * H, T, S) for t in (q, k, v))
-        weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=S**-0.5).softmax(-1)
-        return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v).view(B, H, T, S)
+        return self._by_products(q, k, v, mask).view(B, H, T, S)
+
+    def _attend_locally(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The same within a window W, in chunks of W queries that look at their own chunk and the one before.
+
+        All of (B, H, T, S), and T above W; the cost grows with T W in place of T².
+        """
+        B, H, T, S = q.shape
+        W = self.config.attention_window
+        chunks = -(-T // W)
+        if missing := chunks * W - T:
+            q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
+        own = [t.reshape(B * H, chunks, W, S) for t in (k, v)]
+        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in own)  # (B H, chunks, 2 W, S)
+        q, k, v = (t.reshape(B * H * chunks, -1, S) for t in (q, k, v))
+        if q.is_cuda:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        else:
+            y = self._by_products(q, k, v, mask)
+        return y.view(B, H, chunks * W, S)[:, :, :T]
+
+    def _by_products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Softmax attention of (N, T, S) on (N, U, S), under a mask that broadcasts to (N, T, U)."""
+        weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(-1)
+        return torch.bmm(F.dropout(weights, self.dropout, self.training) if self.dropout else weights, v)
+
+
+def local_mask(window: int, length: int, sequences: int, like: Tensor) -> Tensor:
+    """For each chunk of ``window`` queries, which of its own and the previous chunk's keys each may look at.
+
+    Returns:
+        0 and -inf, (sequences * chunks, W, 2 W), of dtype and device of ``like``.
+    """
+    query = torch.arange(window, 2 * window, device=like.device)[:, None]
+    key = torch.arange(2 * window, device=like.device)
+    hidden = (key > query) | (key <= query - window)
+    first = hidden | (key < window)  # before the first chunk there is nothing
+    chunks = torch.stack([first] + [hidden] * (-(-length // window) - 1))
+    return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf).repeat(sequences, 1, 1)
 
 
 class FeedForward(nn.Module):
@@ -262,7 +303,10 @@ class GPT(nn.Module):
         self.head = Linear(C, vocab_size, bias=config.bias)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1), persistent=False)
+        visible = torch.ones(T, T).tril()
+        if config.attention_window:
+            visible = visible.triu(1 - config.attention_window)
+        self.register_buffer("mask", torch.zeros(T, T).masked_fill_(visible == 0, -math.inf), persistent=False)
         if config.positions == "rotary":
             half = config.head_size // 2
             speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
@@ -317,7 +361,10 @@ class GPT(nn.Module):
         start = cache.length if cache else 0
         stop = start + T
         x = self._embed(ids, cache)
-        mask = self.mask[start:stop, :stop].to(x.dtype)
+        if not cache and 0 < self.config.attention_window < T:
+            mask = local_mask(self.config.attention_window, T, ids.size(0) * self.config.n_head, x)
+        else:
+            mask = self.mask[start:stop, :stop].to(x.dtype)
         cos_sin = None
         if self.config.positions == "rotary":
             cos_sin = self.cos[start:stop].to(x.dtype), self.sin[start:stop].to(x.dtype)

@@ -46,6 +46,7 @@ class Model(Section):
     head_size: Count
     n_embd: Count
     block_size: Annotated[int, Field(ge=2)]
+    attention_window: CountOrZero
     positions: Literal["learned", "rotary"]
     rotary_base: Positive
     activation: Literal["relu", "relu2", "gelu"]

@@ -219,9 +219,9 @@ class Trainer:
         mine = self.ranks.micro_batches(train.grad_accum)
         total = torch.zeros((), device=self.ranks.device)
         for micro in mine:
-            ids, targets = self.corpus.train.batch(
-                train.seed, step, micro, train.batch_size // train.grad_accum, self.block_size
-            )
+            windows = train.batch_size // train.grad_accum
+            first = step * train.batch_size + micro * windows
+            ids, targets = self.corpus.train.batch(train.seed, first, windows, self.block_size)
             torch.manual_seed(micro_seed(train.seed, step, micro))
             if train.token_dropout:
                 ids = corrupt(ids, train.token_dropout, self.model.vocab_size)

@@ -5,7 +5,7 @@ python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/m
 
 from __future__ import annotations
 
-from minigpt import errors, params, threads
+from minigpt import errors, params, process
 from minigpt.files import replacing, write_json
 from stages import MODEL, PREPARED, RESULTS
 
@@ -13,7 +13,7 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    threads.place()
+    process.settle()
     from minigpt import checkpoint, corpus, ranks, tracking
     from minigpt.score import score
 

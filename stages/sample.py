@@ -5,7 +5,7 @@ python -m stages.sample        models/gpt -> results/sample/samples.txt
 
 from __future__ import annotations
 
-from minigpt import errors, params, threads
+from minigpt import errors, params, process
 from minigpt.files import replacing
 from stages import MODEL, RESULTS
 
@@ -13,7 +13,7 @@ from stages import MODEL, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    threads.place()
+    process.settle()
     from minigpt import checkpoint, ranks, tracking
     from minigpt.generator import Decoding, Generator
 

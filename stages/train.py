@@ -13,7 +13,7 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from minigpt import errors, params, threads
+from minigpt import errors, params, process
 from minigpt.files import replacing, write_json
 from stages import MODEL, PREPARED, RESULTS
 
@@ -21,7 +21,7 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    threads.place()
+    process.settle()
     from minigpt import charts, checkpoint, corpus, ranks
     from minigpt.tracking import Tracker, workspace
     from minigpt.trainer import HISTORY, Trainer

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from minigpt import corpus
-from minigpt.corpus import Split, encode, load, read_text
+from minigpt.corpus import Split, encode, load, read_text, shuffled
 from minigpt.errors import UserError
 
 
@@ -79,19 +79,43 @@ def test_damaged_tokens_are_refused(tmp_path):
 
 def test_a_batch_depends_on_its_arguments_alone():
     split = Split(torch.arange(1000, dtype=torch.int16))
-    ids, targets = split.batch(seed=3, step=5, micro=1, batch_size=4, block_size=8)
-    again, _ = split.batch(3, 5, 1, 4, 8)
+    ids, targets = split.batch(seed=3, first=20, batch_size=4, block_size=8)
     assert ids.shape == targets.shape == (4, 8)
     assert torch.equal(targets, ids + 1)
-    assert torch.equal(ids, again)
-    others = [split.batch(4, 5, 1, 4, 8)[0], split.batch(3, 6, 1, 4, 8)[0], split.batch(3, 5, 0, 4, 8)[0]]
-    assert not any(torch.equal(ids, other) for other in others)
+    assert torch.equal(ids, split.batch(3, 20, 4, 8)[0])
+    assert torch.equal(ids, split.batch(3, 10, 20, 8)[0][10:14])
+    assert not torch.equal(ids, split.batch(4, 20, 4, 8)[0])
 
 
-def test_batches_reach_every_start():
-    split = Split(torch.arange(12, dtype=torch.uint8))
-    starts = {int(split.batch(0, step, 0, 1, 8)[0][0, 0]) for step in range(200)}
-    assert starts == {0, 1, 2, 3}
+@pytest.mark.parametrize("length", [9, 12, 16, 17, 40, 1000])
+def test_every_epoch_reads_each_window_once_and_all_epochs_everything(length):
+    split = Split(torch.arange(length, dtype=torch.int16))
+    per_epoch = max(1, (length - 8) // 8)
+    read, orders = np.zeros(length, dtype=int), set()
+    for epoch in range(200):
+        ids, targets = split.batch(0, epoch * per_epoch, per_epoch, 8)
+        assert len(set(targets.flatten().tolist())) == per_epoch * 8
+        read += np.bincount(targets.flatten(), minlength=length)
+        orders.add(tuple((ids[:, 0] - ids[:, 0].min()).tolist()))
+    assert read[0] == 0
+    assert (read[1:] > 0).all()
+    assert len(orders) == 1 if per_epoch == 1 else len(orders) > min(150, per_epoch - 1)
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 255, 256, 257, 5000])
+def test_shuffled_is_a_permutation(n):
+    places = np.arange(n, dtype=np.uint64)
+    assert sorted(shuffled(places, n, np.full(n, 7, dtype=np.uint64))) == list(range(n))
+
+
+def test_each_place_goes_everywhere_equally_often():
+    n, keys = 6, np.arange(12_000, dtype=np.uint64)
+    pairs = [shuffled(np.full(len(keys), place, dtype=np.uint64), n, keys) for place in range(n)]
+    for went in pairs:
+        assert abs(np.bincount(went.astype(int), minlength=n) / len(keys) - 1 / n).max() < 0.02
+    # Two places together: each of the n (n - 1) ways.
+    together = np.bincount((pairs[0] * np.uint64(n) + pairs[1]).astype(int), minlength=n * n) / len(keys)
+    assert abs(together[together > 0] - 1 / (n * (n - 1))).max() < 0.01
 
 
 @pytest.mark.parametrize("length", [2, 5, 9, 10, 17, 100])

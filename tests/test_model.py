@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import ROOT, params_with
 
-from minigpt.model import GPT, Cache
+from minigpt.model import GPT, Cache, local_mask
 from minigpt.params import load
 
 SWITCHES = {
     "positions": ["learned", "rotary"],
+    "attention_window": [1, 5, 8, 16],
     "activation": ["relu", "relu2", "gelu"],
     "norm_affine": [True, False],
     "qk_norm": [True, False],
@@ -75,6 +76,19 @@ def test_both_ways_to_attend_agree(positions, monkeypatch):
             lambda q, k, v, mask: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
         )
     torch.testing.assert_close(gpt(ids), by_hand, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 15])
+@pytest.mark.parametrize("length", [16, 13, 300])
+def test_attention_in_chunks_is_attention_under_a_mask(window, length):
+    attention = build(attention_window=window, block_size=300).double().blocks[0].attention
+    q, k, v = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = torch.zeros(length, length, dtype=torch.float64)
+    mask[(distance < 0) | (distance >= window)] = -math.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    got = attention._attend_locally(q, k, v, local_mask(window, length, 4, q))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dropout_kind", ["element", "channel"])

@@ -12,7 +12,7 @@ from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_pa
 
 CORE = "errors files params tokenizer corpus ranks model optimizer score checkpoint generator trainer".split()  # noqa: SIM905
 ORDER = [*CORE, "tracking", "serving"]
-CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", "tracking", "serving", "charts", "threads"}
+CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", "tracking", "serving", "charts", "process"}
 
 
 def imports(path):
@@ -41,7 +41,7 @@ def test_imports_go_one_way():
     for name in ORDER:
         later = ORDER[ORDER.index(name) :]
         assert not imports(ROOT / f"minigpt/{name}.py") & set(later), name
-    assert {path.stem for path in (ROOT / "minigpt").glob("*.py")} == {*ORDER, "__init__", "charts", "threads"}
+    assert {path.stem for path in (ROOT / "minigpt").glob("*.py")} == {*ORDER, "__init__", "charts", "process"}
 
 
 def test_the_core_needs_neither_mlflow_nor_dvc():

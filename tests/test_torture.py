@@ -33,7 +33,7 @@ def prepared(folder, project_files, *changes):
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return kept | {"PATH": path, "MINIGPT_CHECKPOINT_SECONDS": "0.1", "MINIGPT_THREADS": "off", **variables}
+    return kept | {"PATH": path, "MINIGPT_CHECKPOINT_SECONDS": "0.1", "MINIGPT_CPU": "off", **variables}
 
 
 def start(*arguments, cwd, **variables):
