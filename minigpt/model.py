@@ -128,6 +128,8 @@ class Rotation(torch.autograd.Function):
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(left cos - right sin, right cos + left sin)."""
         left, right = x.chunk(2, -1)
+        if torch.compiler.is_compiling():
+            return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
         turned = torch.empty_like(x)
         new_left, new_right = turned.chunk(2, -1)
         torch.mul(left, cos, out=new_left)
@@ -402,6 +404,16 @@ class GPT(nn.Module):
             yield block.attention.out.weight, 1
             yield block.feed_forward.up.weight, 1
             yield block.feed_forward.down.weight, 1
+
+    def flops_per_character(self) -> int:
+        """Floating-point operations of training on a character (Chowdhery et al. 2022, appendix B).
+
+        6 for each weight of a linear map, and 12 for each layer, channel of attention, and character attended to.
+        """
+        config = self.config
+        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        span = min(config.block_size, config.attention_window or config.block_size)
+        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * span
 
     def num_parameters(self) -> int:
         """How many numbers are trained."""

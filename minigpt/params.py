@@ -76,6 +76,8 @@ class Train(Section):
     seed: Seed
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["auto", "float32", "bfloat16"]
+    compile: Literal["auto", "always", "never"]
+    deterministic: bool
     max_iters: CountOrZero
     batch_size: Count
     grad_accum: Count

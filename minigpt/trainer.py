@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,12 @@ CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
 
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
 """What may stand between DVC and the stage that it runs."""
+
+COMPILE_STEPS = 2000
+"""From this many steps on, compiling for a GPU is taken to pay for the minute that it takes."""
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+"""Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM forms)."""
 
 TRAIN_SAMPLE = 1 << 15
 """Characters of the training split that an evaluation scores beside the validation split."""
@@ -145,10 +151,20 @@ class Trainer:
         self.train, self.block_size = params.train, params.model.block_size
         self.corpus, self.ranks, self.observer, self.checkpoints = corpus, ranks, observer, checkpoints
         torch.manual_seed(self.train.seed)
+        if ranks.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            if self.train.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
         dtype = compute_dtype(self.train.dtype, ranks.device)
         self.model = GPT(params.model, corpus.tokenizer.vocab_size).to(ranks.device)
         self.model.compute_dtype = dtype
         self.parallel = ranks.wrap(self.model)
+        how = self.train.compile
+        self.compiled = how == "always" or (
+            how == "auto" and ranks.device.type == "cuda" and self.train.max_iters >= COMPILE_STEPS
+        )
+        self.logits: Callable[[Tensor], Tensor] = self.parallel
         self.optimizers = Optimizers(self.model, self.train, dtype or torch.float32)
         self.found_inf = torch.zeros((), device=ranks.device)
         self.best: dict[str, Tensor] = {}
@@ -174,6 +190,9 @@ class Trainer:
         logged_at = clock.seconds
         losses: list[float] = []
         with Signals() as signals, self._bar() as bar:
+            if self.compiled and facts["step"] < train.max_iters:
+                with clock.paused():
+                    self._compile(facts["step"])
             # One round more than there are steps: the last only evaluates.
             for step in range(facts["step"], train.max_iters + 1):
                 last = step == train.max_iters
@@ -211,15 +230,35 @@ class Trainer:
         return (
             f"{self.model.num_parameters():,} parameters in {dtype} on {where}; "
             f"{train.max_iters:,} steps of {train.batch_size} x {self.block_size} characters"
+            + (", compiled" if self.compiled else "")
         )
 
-    def _step(self, step: int) -> Tensor:
-        """One optimizer step; gives (loss, norm of the gradient), read later."""
+    def _compile(self, step: int) -> None:
+        """Compile the model for training, on the batch of ``step``; no weight changes.
+
+        Raises:
+            UserError: it does not compile here, and ``train.compile`` insists.
+        """
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        self.logits = torch.compile(self.parallel)
+        try:
+            self._gradient(step)
+        except BackendCompilerFailed as error:
+            why = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
+            if self.train.compile == "always":
+                raise UserError(f"train.compile: {why}; set it to auto or never") from None
+            tqdm.write(f"minigpt: {why}; goes on without")
+            self.logits, self.compiled = self.parallel, False
+        self.model.zero_grad(set_to_none=True)
+
+    def _gradient(self, step: int) -> Tensor:
+        """Add up the gradient of a step's batch; gives this process's share of the loss."""
         train = self.train
         mine = self.ranks.micro_batches(train.grad_accum)
+        windows = train.batch_size // train.grad_accum
         total = torch.zeros((), device=self.ranks.device)
         for micro in mine:
-            windows = train.batch_size // train.grad_accum
             first = step * train.batch_size + micro * windows
             ids, targets = self.corpus.train.batch(train.seed, first, windows, self.block_size)
             torch.manual_seed(micro_seed(train.seed, step, micro))
@@ -227,9 +266,15 @@ class Trainer:
                 ids = corrupt(ids, train.token_dropout, self.model.vocab_size)
             unsynced = self.ranks.world > 1 and micro != mine[-1]
             with self.parallel.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
-                loss = cross_entropy(self.parallel(ids), targets)
+                loss = cross_entropy(self.logits(ids), targets)
                 (loss / len(mine)).backward()
             total += loss.detach() / train.grad_accum
+        return total
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; gives (loss, norm of the gradient), read later."""
+        train = self.train
+        total = self._gradient(step)
         self.ranks.sum(total)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
@@ -349,8 +394,14 @@ class Trainer:
             "train_seconds": round(seconds, 2),
             "chars_per_second": round(characters / max(seconds, 1e-9)),
         }
+        flops = self.model.flops_per_character() * characters / max(seconds, 1e-9)
+        metrics["model_gflops"] = round(flops / 1e9, 3)
         if self.ranks.device.type == "cuda":
             metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.ranks.device)
+            name = torch.cuda.get_device_name(self.ranks.device)
+            peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+            if peak:
+                metrics["mfu"] = round(flops / (peak * self.ranks.world), 4)
         return metrics
 
 

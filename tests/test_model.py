@@ -143,6 +143,18 @@ def test_reference_has_the_published_number_of_parameters():
     assert gpt.num_parameters() == V * C + T * C + 6 * block + 2 * C + (C + 1) * V
 
 
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # As torch counts, all T x T products count, half of which the causal mask hides.
+    for changes in ({}, {"positions": "learned", "tied_head": True, "bias": True}):
+        gpt = build(n_embd=24, block_size=32, **changes)
+        with FlopCounterMode(display=False) as counter:
+            gpt(torch.randint(11, (2, 32))).sum().backward()
+        # The gradient of the loss with respect to the embeddings needs no product.
+        assert counter.get_total_flops() == 2 * 32 * gpt.flops_per_character()
+
+
 def test_logits_equal_hugging_faces_gpt2_with_its_weights():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -1,6 +1,7 @@
 import hashlib
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -115,6 +116,38 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(text, tmp_path):
     (one, first), (four, second) = after(1), after(4)
     torch.testing.assert_close(one, four, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_the_same_gradient(text, tmp_path):
+    gradients = []
+    for how in ("never", "always"):
+        one = trainer(text, tmp_path, model={"dropout": 0.0, "attention_window": 5}, compile=how, dtype="float32")
+        for p in one.model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        if one.compiled:
+            one._compile(3)
+            assert one.logits is not one.parallel
+            assert all(p.grad is None for p in one.model.parameters())
+        one._gradient(3)
+        gradients.append(torch.cat([p.grad.flatten() for p in one.model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_where_nothing_compiles_it_is_told(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    torch._dynamo.reset()
+    one = trainer(text, tmp_path, compile="always")
+    with pytest.raises(UserError, match=r"train\.compile: torch\.compile fails here: .*no-compiler.*auto or never"):
+        one.run()
+
+
+def test_compiling_is_chosen_by_device_and_length(text, tmp_path):
+    chosen = {
+        how: trainer(text, tmp_path, compile=how, max_iters=10**6).compiled for how in ("auto", "always", "never")
+    }
+    assert chosen == {"auto": False, "always": True, "never": False}
 
 
 def test_the_best_weights_are_the_outcome_and_patience_stops(text, tmp_path):
