@@ -2,7 +2,7 @@
 # make help       everything else
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test torture lint format shakespeare ui sync clean
+.PHONY: all help setup test torture bench lint format shakespeare ui sync clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,9 @@ test: $(VENV)/installed-dev  ## run all tests
 
 torture: $(VENV)/installed-dev  ## kill, starve and damage trainings, in full, and print the counts
 	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py
+
+bench: $(VENV)/installed-dev data/shakespeare.txt  ## measure the project and its peers side by side
+	python -m benchmarks
 
 lint: $(VENV)/installed-dev  ## run the linter, the formatter's check and the type checker
 	ruff check .

@@ -1,0 +1,172 @@
+"""Measure everything, or what is named, and compare.
+
+    python -m benchmarks                                   all measures, three rounds
+    python -m benchmarks writing training --rounds 5       those whose names begin so
+    python -m benchmarks --device cuda
+
+Each measurement is a process of its own. Contenders take turns, so that a slow minute of the machine meets them
+all; figures are medians. Prints a table; writes it as JSON and as a picture to ``--results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.contenders import MEASURES, ROOT
+
+PACKAGES = ("torch", "numpy", "transformers", "dvc")
+
+
+def measure(name: str, contender: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in its own process."""
+    given = {"device": options.device, "text": options.text, "loss": options.loss, "megabytes": options.megabytes}
+    flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    command = [sys.executable, "-m", "benchmarks.contenders", name, contender, "--round", str(number), *flags]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ran.returncode:
+        sys.exit(f"benchmarks: {contender} failed in {name!r}; its error stands above")
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures hold for."""
+    facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        facts["processor"] = names[0] if names else facts["processor"]
+    if device.startswith("cuda"):
+        import torch
+
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    facts["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    return facts
+
+
+def commit() -> str | None:
+    """The commit that is measured; None outside of git."""
+    ran = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return ran.stdout.strip() or None
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of every figure over the rounds, and all of their values."""
+    if any("missing" in run for run in runs):
+        return {"missing": next(run["missing"] for run in runs if "missing" in run)}
+    names = sorted(set().union(*runs))
+    medians = {name: median(run[name] for run in runs if name in run) for name in names}
+    return {**medians, "values": [run["value"] for run in runs]}
+
+
+def rows(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """The table of a measure: contender, median, how many times better the project is, and what else was measured."""
+    ours = next(iter(found.values()))["value"]
+    more_is_better = "per second" in name
+    table = []
+    for contender, figures in found.items():
+        if "missing" in figures:
+            table.append((contender, "-", "-", f"not measured: {figures['missing']}"))
+            continue
+        value = figures["value"]
+        ratio = ours / value if more_is_better else value / ours
+        others = {key: number for key, number in figures.items() if key not in ("value", "values")}
+        notes = ", ".join(f"{key} {number:,.4g}" for key, number in others.items())
+        table.append((contender, f"{value:,.4g}", f"{ratio:.3g}", notes))
+    return table
+
+
+def draw(results: dict[str, Any], target: Path) -> None:
+    """Bars: how many times better the project is than each peer."""
+    from matplotlib.figure import Figure
+
+    bars = []
+    for name, found in results["measures"].items():
+        table = rows(name, found)
+        bars += [(f"{name.partition(',')[0]}: {row[0]}", float(row[2])) for row in table[1:] if row[2] != "-"]
+    bars = [(label, ratio) for label, ratio in bars if math.isfinite(ratio)]
+    if not bars:
+        return
+    figure = Figure(figsize=(9, 0.45 * len(bars) + 1), layout="constrained")
+    axes = figure.subplots()
+    labels, ratios = zip(*reversed(bars), strict=True)
+    drawn = axes.barh(labels, ratios, color="#c1440e")
+    axes.bar_label(drawn, [f"{ratio:.3g}" for ratio in ratios], padding=3)
+    axes.axvline(1, color="#22223b", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times better than the peer", title=results["machine"].get("gpu", "CPU"))
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=150)
+
+
+def main() -> None:
+    """Run the command line."""
+    summary, _, more = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=summary, epilog=more, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("measures", nargs="*", help="beginnings of: " + "; ".join(MEASURES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--loss", type=float, help="default: 1.88 on a CPU, 1.4697 on a GPU")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the text that is encoded")
+    parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks", help="a folder")
+    options = parser.parse_args()
+    options.loss = options.loss or (1.4697 if options.device.startswith("cuda") else 1.88)
+    chosen = [name for name in MEASURES if not options.measures or name.startswith(tuple(options.measures))]
+    if not chosen:
+        parser.error(f"no measure begins with {' or '.join(options.measures)}; there are {'; '.join(MEASURES)}")
+
+    options.text = options.text.resolve()
+    if not options.text.is_file():
+        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+
+    results: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": machine(options.device),
+        "text": options.text.name,
+        "loss": options.loss,
+        "measures": {},
+    }
+    for name in chosen:
+        print(f"\n{name}", flush=True)
+        runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in MEASURES[name]}
+        for number in range(options.rounds):
+            for contender, found in runs.items():
+                if not any("missing" in run for run in found):
+                    found.append(measure(name, contender, number, options))
+        results["measures"][name] = {contender: middle(found) for contender, found in runs.items()}
+        for contender, value, ratio, notes in rows(name, results["measures"][name]):
+            print(f"  {contender:55} {value:>10}  x {ratio:>6}  {notes}", flush=True)
+
+    options.results.mkdir(parents=True, exist_ok=True)
+    stem = f"{results['date'][:10]}-{options.device.partition(':')[0]}"
+    (options.results / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    try:
+        draw(results, options.results / f"{stem}.png")
+    except ImportError:
+        print("\nno picture: matplotlib is not installed")
+    print(f"\nwritten to {options.results}/{stem}.*")
+
+
+if __name__ == "__main__":
+    main()

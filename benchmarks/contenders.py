@@ -1,0 +1,383 @@
+"""One measurement of one contender, in a process of its own: ``python -m benchmarks.contenders MEASURE CONTENDER ...``.
+
+Prints one line of JSON. All contenders get the same placement of threads, the same text and the same clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from minigpt import process
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from benchmarks.peers import Peer
+    from minigpt.corpus import Corpus
+    from minigpt.model import GPT
+    from minigpt.params import Params
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
+"""nanoGPT's documented size for a small machine; trained on batches of 12."""
+FULL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+"""The size of the published system; trained on batches of 64."""
+FLOPS = 6 * (6 * 12 * 384**2 + 65 * 384) + 12 * 6 * 256 * 384
+"""Of training that on a character: 6 for a weight, and attention (Chowdhery et al. 2022, appendix B)."""
+
+Options = argparse.Namespace
+Measured = dict[str, float]
+MEASURES: dict[str, dict[str, Callable[[Options], Measured]]] = {}
+
+
+def contender(measure: str, name: str, **settings: Any) -> Callable[[Callable[..., Measured]], Callable[..., Measured]]:
+    """Enter a function, with some of its arguments, as a contender; this project comes first."""
+
+    def enter(function: Callable[..., Measured]) -> Callable[..., Measured]:
+        entered = MEASURES.get(measure, {}) | {name: lambda options: function(options, **settings)}
+        MEASURES[measure] = dict(sorted(entered.items(), key=lambda entry: not entry[0].startswith("minigpt")))
+        return function
+
+    return enter
+
+
+def profile(name: str, **changes: dict[str, Any]) -> Params:
+    """A profile of ``configs/``, with changes by section."""
+    from minigpt import params
+
+    tree = params.load(ROOT / "configs" / f"{name}.yaml").model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return params.Params.model_validate(tree)
+
+
+def prepared(options: Options) -> Corpus:
+    """The text, encoded, on the device."""
+    from minigpt import corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus.encode(options.text, 0.1, Path(folder))
+        return corpus.load(Path(folder), options.device)
+
+
+def peer(who: str, vocab_size: int, size: dict[str, int], device: str) -> Peer:
+    """A peer's model."""
+    import torch
+
+    from benchmarks import peers
+
+    torch.manual_seed(1337)
+    return {"hf": peers.HuggingFace, "reference": peers.Reference}[who](vocab_size, **size).to(device)
+
+
+def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, block_size: int) -> Any:
+    """A peer's training: the reference's own, or nanoGPT's in bfloat16 where the hardware has it."""
+    import torch
+
+    from benchmarks import peers
+    from minigpt.ranks import compute_dtype
+
+    if who == "reference":
+        return peers.ReferenceTraining(model, tokens, batch_size, block_size)
+    dtype = compute_dtype("auto", tokens.device) or torch.float32
+    return peers.NanoGPTTraining(model, tokens, batch_size, block_size, dtype)
+
+
+def trainer(params: Params, corpus: Corpus, observer: Any = None) -> Any:
+    """This project's trainer, which keeps no checkpoints here."""
+    from minigpt.checkpoint import Checkpoints
+    from minigpt.ranks import Ranks
+    from minigpt.trainer import Trainer
+
+    nowhere = Path(tempfile.mkdtemp())
+    ranks = Ranks(0, 1, corpus.train.tokens.device)
+    return Trainer(params, corpus, ranks, observer, Checkpoints(nowhere, "benchmark"))
+
+
+class Timer:
+    """Seconds that have passed, without the pauses; a GPU's work is waited for."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds = device, 0.0
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop counting."""
+        self._wait()
+        self.seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        """Go on counting."""
+        self._wait()
+        self._since = time.perf_counter()
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products in ``dtype``: the median of ten."""
+    import torch
+
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(11):
+        timer = Timer(device)
+        a @ b
+        timer.pause()
+        seconds.append(timer.seconds)
+    return 2 * n**3 / sorted(seconds[1:])[5]
+
+
+@contender("seconds to a loss", "minigpt")
+def loss_of_minigpt(options: Options) -> Measured:
+    """Train a profile to its end; the seconds of training until the exact validation loss was reached."""
+    name = "shakespeare-gpu" if options.device.startswith("cuda") else "shakespeare-quick"
+    curve: list[tuple[float, float]] = []
+
+    class Watch:
+        def metrics(self, step: int, values: dict[str, float]) -> None:  # noqa: ARG002
+            if "val_loss" in values:
+                curve.append((run.clock.seconds, values["val_loss"]))
+
+        def mirror(self) -> None:
+            """Nothing to send."""
+
+    seed = 1337 + options.round
+    run = trainer(profile(name, train={"device": options.device, "seed": seed}), prepared(options), Watch())
+    run.run()
+    reached = [seconds for seconds, loss in curve if loss <= options.loss]
+    return {"value": reached[0] if reached else float("inf"), "loss": min(loss for _, loss in curve)}
+
+
+@contender("seconds to a loss", "Hugging Face GPT-2, trained as nanoGPT documents", who="hf", every=100, most=6000)
+@contender("seconds to a loss", "reference algorithm", who="reference", every=250, most=20000)
+def loss_of_peer(options: Options, who: str, every: int, most: int) -> Measured:
+    """Train a peer, scoring exactly every so many steps off the clock, until the loss is reached."""
+    from minigpt.score import score
+
+    on_gpu = options.device.startswith("cuda")
+    size, batch_size = (FULL, 64) if on_gpu else (SMALL, 12)
+    corpus = prepared(options)
+    model = peer(who, corpus.tokenizer.vocab_size, size, options.device)
+    run = training(who, model, corpus.train.tokens, batch_size, size["block_size"])
+    timer, least = Timer(options.device), float("inf")
+    for step in range(most):
+        run.step(step)
+        if (step + 1) % every == 0:
+            timer.pause()
+            least = min(least, score(cast("GPT", model), corpus.val).loss)
+            if least <= options.loss:
+                return {"value": timer.seconds, "loss": least}
+            timer.resume()
+    return {"value": float("inf"), "loss": least, "gave_up_after": timer.seconds}
+
+
+@contender("training, characters per second", "minigpt", config="shakespeare-gpu")
+@contender("training, characters per second", "minigpt, the classic architecture", config="classic-gpu")
+def speed_of_minigpt(options: Options, config: str) -> Measured:
+    """Steps of 64 x 256 characters at the published size, without dropout."""
+    import torch
+
+    off = {"device": options.device, "dtype": "auto", "token_dropout": 0.0}
+    params = profile(config, model={"dropout": 0.0}, train=off)
+    run = trainer(params, prepared(options))
+    dtype = run.model.compute_dtype or torch.float32
+    return speed(options, run._step, run.model, dtype)
+
+
+@contender("training, characters per second", "Hugging Face GPT-2", who="hf")
+@contender("training, characters per second", "reference algorithm, float32", who="reference")
+def speed_of_peer(options: Options, who: str) -> Measured:
+    """The same of a peer."""
+    import torch
+
+    corpus = prepared(options)
+    model = peer(who, corpus.tokenizer.vocab_size, FULL, options.device)
+    run = training(who, model, corpus.train.tokens, 64, 256)
+    return speed(options, run.step, model, getattr(run, "dtype", torch.float32))
+
+
+def speed(options: Options, step: Callable[[int], Any], model: nn.Module, dtype: torch.dtype) -> Measured:
+    """Time a training's steps, between two measurements of the machine's rate; evaluation is not in it."""
+    import torch
+
+    steps, skipped = (50, 20) if options.device.startswith("cuda") else (2, 1)
+    before = matrix_rate(options.device, dtype)
+    for number in range(skipped):
+        step(number)
+    timer = Timer(options.device)
+    for number in range(skipped, skipped + steps):
+        step(number)
+    timer.pause()
+    rate = (before + matrix_rate(options.device, dtype)) / 2
+    characters = steps * 64 * FULL["block_size"]
+    measured = {
+        "value": characters / timer.seconds,
+        "of_matrix_rate": characters * FLOPS / timer.seconds / rate,
+        "matrix_gflops": rate / 1e9,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if options.device.startswith("cuda"):
+        measured["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return measured
+
+
+@contender("scoring the validation split, seconds", "minigpt, exact")
+def scoring_exact(options: Options) -> Measured:
+    """Every target of the validation split once."""
+    from minigpt.model import GPT
+    from minigpt.ranks import compute_dtype
+    from minigpt.score import score
+
+    corpus = prepared(options)
+    model = GPT(profile("shakespeare-cpu").model, corpus.tokenizer.vocab_size).to(options.device)
+    model.compute_dtype = compute_dtype("auto", corpus.val.tokens.device)
+    score(model, corpus.val, max_chars=20_000)
+    timer = Timer(options.device)
+    count = score(model, corpus.val).count
+    timer.pause()
+    return {"value": timer.seconds, "characters": count}
+
+
+@contender("scoring the validation split, seconds", "200 random batches of 64")
+def scoring_sampled(options: Options) -> Measured:
+    """The usual estimate, by the same model."""
+    from benchmarks import peers
+    from minigpt.model import GPT
+    from minigpt.ranks import compute_dtype
+
+    corpus = prepared(options)
+    params = profile("shakespeare-cpu")
+    model = GPT(params.model, corpus.tokenizer.vocab_size).to(options.device).eval()
+    model.compute_dtype = compute_dtype("auto", corpus.val.tokens.device)
+    T = params.model.block_size
+    peers.sampled_loss(model, corpus.val.tokens, 64, T, 2)
+    timer = Timer(options.device)
+    peers.sampled_loss(model, corpus.val.tokens, 64, T)
+    timer.pause()
+    return {"value": timer.seconds, "characters": 200 * 64 * T}
+
+
+@contender("writing one text, characters per second", "minigpt", batch=1)
+@contender("writing 16 texts, characters per second", "minigpt", batch=16)
+def writing_of_minigpt(options: Options, batch: int) -> Measured:
+    """A model of the published size writes, in bfloat16 where the hardware has it."""
+    import torch
+
+    from minigpt.generator import Decoding, Generator
+    from minigpt.model import GPT
+    from minigpt.ranks import compute_dtype
+
+    tokenizer = prepared(options).tokenizer
+    model = GPT(profile("shakespeare-gpu").model, tokenizer.vocab_size).to(options.device).eval()
+    model = model.to(compute_dtype("auto", torch.device(options.device)) or torch.float32)
+    generator = Generator(model, tokenizer)
+    return writing(options, batch, lambda length: generator.generate("\n", length, Decoding(seed=1), batch))
+
+
+@contender("writing one text, characters per second", "Hugging Face generate", who="hf", batch=1)
+@contender("writing one text, characters per second", "loop without a cache", who="reference", batch=1)
+@contender("writing 16 texts, characters per second", "Hugging Face generate", who="hf", batch=16)
+@contender("writing 16 texts, characters per second", "loop without a cache", who="reference", batch=16)
+def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
+    """A peer of the published size writes: Hugging Face's in bfloat16 where the hardware has it."""
+    import torch
+
+    from minigpt.ranks import compute_dtype
+
+    model = peer(who, 65, FULL, options.device).eval()
+    if who == "hf":
+        model = model.to(compute_dtype("auto", torch.device(options.device)) or torch.float32)
+    start = torch.zeros(batch, 1, dtype=torch.long, device=options.device)
+    return writing(options, batch, lambda length: model.generate(start, length))
+
+
+def writing(options: Options, batch: int, write: Callable[[int], Any]) -> Measured:
+    """Time 250 characters a text, within the context of 256, after a few to warm up."""
+    write(5)
+    timer = Timer(options.device)
+    write(250)
+    timer.pause()
+    return {"value": 250 * batch / timer.seconds}
+
+
+@contender("encoding, MB per second", "minigpt", way="minigpt")
+@contender("encoding, MB per second", "a dictionary and a list", way="dictionary")
+def encoding(options: Options, way: str) -> Measured:
+    """Encode a text of mixed Latin and Devanagari; also the peak memory of the process, which never loads torch."""
+    from benchmarks import texts
+    from minigpt import corpus
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = folder / "text.txt"
+        texts.write_mixed(text, options.megabytes)
+        since = time.perf_counter()
+        if way == "minigpt":
+            corpus.encode(text, 0.1, folder)
+        else:
+            texts.encode_by_dictionary(text, folder)
+        seconds = time.perf_counter() - since
+        megabytes = text.stat().st_size / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"value": megabytes / seconds, "megabytes": megabytes, "peak_megabytes": peak}
+
+
+@contender("dvc repro with nothing to do, seconds", "minigpt")
+def nothing_to_do(options: Options) -> Measured:  # noqa: ARG001 - the same on any device
+    """``dvc repro`` in a copy of the project where every stage is up to date."""
+    import yaml
+
+    if importlib.util.find_spec("dvc") is None:
+        raise ImportError("dvc is not installed")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        params["train"] |= {"max_iters": 2}
+        params["sample"] |= {"max_new_tokens": 5}
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        for _ in range(2):
+            since = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True, cwd=folder, stdout=sys.stderr)
+        return {"value": time.perf_counter() - since}
+
+
+def main() -> None:
+    """Measure one contender once; a package that it lacks is told as ``missing``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("measure", choices=MEASURES)
+    parser.add_argument("contender")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--loss", type=float, default=1.88)
+    parser.add_argument("--megabytes", type=int, default=100)
+    parser.add_argument("--round", type=int, default=0)
+    options = parser.parse_args()
+    if options.device == "cpu":
+        process.settle()
+    try:
+        measured: dict[str, Any] = MEASURES[options.measure][options.contender](options)
+    except ImportError as error:
+        measured = {"missing": str(error)}
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
