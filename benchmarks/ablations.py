@@ -1,0 +1,171 @@
+"""The recipe with one change at a time, over several seeds: what each part of it is worth.
+
+    python -m benchmarks.ablations                     every variant, seeds 1 to 3
+    python -m benchmarks.ablations ema tied --seeds 5
+
+Losses are exact, on the validation split in windows that do not overlap; all variants read the same number of
+characters. What the library has no switch for, because it does not pay, is built here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.contenders import ROOT, prepared, profile
+
+if TYPE_CHECKING:
+    from minigpt.trainer import Trainer
+
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": 256, "attention_window": 64},
+    "train": {"max_iters": 400, "batch_size": 8, "eval_interval": 400, "device": "cpu"},
+}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "the recipe": {},
+    "full attention": {"model": {"attention_window": 0}},
+    "context 128": {"model": {"block_size": 128}, "train": {"batch_size": 16}},
+    "context 512": {"model": {"block_size": 512}, "train": {"batch_size": 4}},
+    "no convolution": {"model": {"embd_conv": 1}},
+    "relu": {"model": {"activation": "relu"}},
+    "learned positions": {"model": {"positions": "learned"}},
+    "no norm on queries and keys": {"model": {"qk_norm": False}},
+    "tied head": {"model": {"tied_head": True}},
+    "dropout 0.05, channels": {"model": {"dropout": 0.05}},
+    "dropout 0.05, elements": {"model": {"dropout": 0.05, "dropout_kind": "element"}},
+    "token dropout 0.03": {"train": {"token_dropout": 0.03}},
+    "cosine": {"train": {"schedule": "cosine"}},
+    "AdamW 3e-3": {"train": {"optimizer": "adamw", "learning_rate": 3e-3}},
+    "ema": {},
+    "ema, constant rate": {"train": {"schedule": "constant"}},
+    "growing batch": {},
+    "swiglu": {},
+}
+EMA = 0.98
+"""Decay of the averaged weights, by step; about the last 50 count."""
+
+
+def built(name: str, seed: int, text: Path) -> Trainer:
+    """The training of a variant."""
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+    from minigpt.checkpoint import Checkpoints
+    from minigpt.model import Linear
+    from minigpt.optimizer import Optimizers
+    from minigpt.ranks import Ranks
+    from minigpt.trainer import Trainer
+
+    class Averaging(Trainer):
+        """Evaluates a mean of the weights over the last steps."""
+
+        mean: list[Tensor] | None = None
+
+        def _step(self, step: int) -> Tensor:
+            values = super()._step(step)
+            weights = [p.detach() for p in self.model.parameters()]
+            if self.mean is None:
+                self.mean = [p.clone() for p in weights]
+            torch._foreach_lerp_(self.mean, weights, 1 - min(EMA, (step + 1) / (step + 10)))
+            return values
+
+        def _evaluate(self, step: int, bar: Any) -> None:
+            weights = [p.detach() for p in self.model.parameters()]
+            kept = [p.clone() for p in weights]
+            if self.mean is not None:
+                torch._foreach_copy_(weights, self.mean)
+            super()._evaluate(step, bar)
+            torch._foreach_copy_(weights, kept)
+
+    class Growing(Trainer):
+        """The batch grows from 0.4 of its size to 1.6 of it; the whole reads as many windows."""
+
+        def _gradient(self, step: int) -> Tensor:
+            size, steps = self.train.batch_size, self.train.max_iters
+            first, after = (int(size * (0.4 * n + 0.6 * n * n / steps)) for n in (step, step + 1))
+            batch = self.corpus.train.batch(self.train.seed, first, max(1, after - first), self.block_size)
+            loss = F.cross_entropy(self.logits(batch[0]).flatten(0, 1), batch[1].flatten())
+            loss.backward()
+            return loss.detach()
+
+    class SwiGLU(nn.Module):
+        """Gated feed-forward layer of the same number of weights (Shazeer 2020)."""
+
+        def __init__(self, n_embd: int, hidden: int) -> None:
+            super().__init__()
+            self.up, self.down = Linear(n_embd, 2 * hidden, bias=False), Linear(hidden, n_embd, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, value = self.up(x).chunk(2, -1)
+            return self.down(F.silu(gate) * value)
+
+    changes = VARIANTS[name]
+    merged = {section: BASE[section] | changes.get(section, {}) for section in BASE}
+    merged["train"] |= {"seed": seed}
+    params = profile("shakespeare-cpu", **merged)
+    corpus = prepared(argparse.Namespace(text=text, device="cpu"))
+    kind = {"ema": Averaging, "ema, constant rate": Averaging, "growing batch": Growing}.get(name, Trainer)
+    ranks, nowhere = Ranks(0, 1, torch.device("cpu")), Checkpoints(Path(os.devnull), "ablation")
+    run = kind(params, corpus, ranks, None, nowhere)
+    if name == "swiglu":
+        C = params.model.n_embd
+        for block in run.model.blocks:
+            block.feed_forward = SwiGLU(C, round(params.model.mlp_ratio * C * 2 / 3))  # type: ignore[assignment]
+        run.model.init_weights()
+        run.optimizers = Optimizers(run.model, run.train, run.model.compute_dtype or torch.float32)
+    return run
+
+
+def measure(name: str, seed: int, text: Path) -> dict[str, float]:
+    """Train a variant in a process of its own, on one thread."""
+    command = [sys.executable, "-m", "benchmarks.ablations", name, "--one", str(seed), "--text", str(text)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if ran.returncode:
+        sys.exit(f"benchmarks: {name} failed; its error stands above")
+    result: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("variants", nargs="*", help="; ".join(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, one thread each")
+    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.variants) - set(VARIANTS):
+        parser.error(f"no variant {unknown.pop()!r}; there are: {'; '.join(VARIANTS)}")
+    if not options.text.is_file():
+        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+    if options.one is not None:
+        outcome = built(options.variants[0], options.one, options.text).run()
+        print(json.dumps({key: outcome.metrics[key] for key in ("val_loss", "train_loss", "parameters")}))
+        return
+
+    names, seeds = options.variants or list(VARIANTS), range(1, options.seeds + 1)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {name: [pool.submit(measure, name, seed, options.text.resolve()) for seed in seeds] for name in names}
+        results = {name: [one.result() for one in runs] for name, runs in waiting.items()}
+    ours = mean(run["val_loss"] for run in results.get("the recipe", [{"val_loss": float("nan")}]))
+    for name, runs in sorted(results.items(), key=lambda found: mean(run["val_loss"] for run in found[1])):
+        losses = [run["val_loss"] for run in runs]
+        spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        print(f"{name:30} {mean(losses):.4f} {spread}  {mean(losses) - ours:+.4f}")
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "ablations.json").write_text(json.dumps({"base": BASE, "runs": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
