@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders import ROOT, prepared, profile
+from benchmarks.contenders import ROOT, prepared, profile, trainer
 
 if TYPE_CHECKING:
     from minigpt.trainer import Trainer
@@ -58,10 +58,8 @@ def built(name: str, seed: int, text: Path) -> Trainer:
     import torch.nn.functional as F
     from torch import Tensor, nn
 
-    from minigpt.checkpoint import Checkpoints
     from minigpt.model import Linear
     from minigpt.optimizer import Optimizers
-    from minigpt.ranks import Ranks
     from minigpt.trainer import Trainer
 
     class Averaging(Trainer):
@@ -113,8 +111,7 @@ def built(name: str, seed: int, text: Path) -> Trainer:
     params = profile("shakespeare-cpu", **merged)
     corpus = prepared(argparse.Namespace(text=text, device="cpu"))
     kind = {"ema": Averaging, "ema, constant rate": Averaging, "growing batch": Growing}.get(name, Trainer)
-    ranks, nowhere = Ranks(0, 1, torch.device("cpu")), Checkpoints(Path(os.devnull), "ablation")
-    run = kind(params, corpus, ranks, None, nowhere)
+    run = trainer(params, corpus, kind=kind)
     if name == "swiglu":
         C = params.model.n_embd
         for block in run.model.blocks:

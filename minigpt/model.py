@@ -208,14 +208,12 @@ class Attention(nn.Module):
         chunks = -(-T // W)
         if missing := chunks * W - T:
             q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
-        own = [t.reshape(B * H, chunks, W, S) for t in (k, v)]
-        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in own)  # (B H, chunks, 2 W, S)
-        q, k, v = (t.reshape(B * H * chunks, -1, S) for t in (q, k, v))
-        if q.is_cuda:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        q, k, v = (t.reshape(B * H, chunks, W, S) for t in (q, k, v))
+        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in (k, v))  # (B H, chunks, 2 W, S)
+        if mask.size(0) == chunks:
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         else:
-            y = self._by_products(q, k, v, mask)
+            y = self._by_products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
         return y.view(B, H, chunks * W, S)[:, :, :T]
 
     def _by_products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -364,7 +362,8 @@ class GPT(nn.Module):
         stop = start + T
         x = self._embed(ids, cache)
         if not cache and 0 < self.config.attention_window < T:
-            mask = local_mask(self.config.attention_window, T, ids.size(0) * self.config.n_head, x)
+            sequences = 1 if x.is_cuda else ids.size(0) * self.config.n_head  # the products do not broadcast
+            mask = local_mask(self.config.attention_window, T, sequences, x)
         else:
             mask = self.mask[start:stop, :stop].to(x.dtype)
         cos_sin = None

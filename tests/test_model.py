@@ -87,8 +87,9 @@ def test_attention_in_chunks_is_attention_under_a_mask(window, length):
     mask = torch.zeros(length, length, dtype=torch.float64)
     mask[(distance < 0) | (distance >= window)] = -math.inf
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-    got = attention._attend_locally(q, k, v, local_mask(window, length, 4, q))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for sequences in (1, 4):  # the fused kernel, the products
+        got = attention._attend_locally(q, k, v, local_mask(window, length, sequences, q))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dropout_kind", ["element", "channel"])
