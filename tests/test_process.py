@@ -1,0 +1,55 @@
+import json
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+SETTLE = """
+import ctypes, json, os, resource, sys
+from minigpt import process
+process.settle()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def touch():
+    block = libc.malloc(1 << 26)
+    libc.memset(block, 1, 1 << 26)
+    libc.free(block)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    touch()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps([faults, {name: os.environ[name] for name in os.environ if name.startswith("OMP_")}]), flush=True)
+sys.stdin.readline()
+"""
+
+
+def settled(tmp_path, **variables):
+    ran = python("-c", SETTLE, cwd=ROOT, TMPDIR=str(tmp_path), **variables)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_threads_are_bound_unless_somebody_said_otherwise(tmp_path):
+    assert settled(tmp_path)[1] == {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    assert settled(tmp_path, MINIGPT_CPU="off")[1] == {}
+    assert settled(tmp_path, OMP_WAIT_POLICY="active")[1] == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_the_second_process_does_not_bind_its_threads(tmp_path):
+    first = (
+        "import os, subprocess, sys; from minigpt import process; process.place_threads();"
+        "bound = {name: os.environ.pop(name) for name in ('OMP_PROC_BIND', 'OMP_PLACES')};"
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    )
+    ran = python("-c", first, SETTLE, cwd=ROOT, TMPDIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)[1] == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
+def test_freed_memory_is_kept(tmp_path):
+    pages = 10 * (1 << 26) // 4096
+    assert settled(tmp_path)[0] < pages / 100
+    assert settled(tmp_path, MINIGPT_CPU="off")[0] > pages / 600  # given back, in small pages or in huge ones
