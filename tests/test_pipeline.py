@@ -11,8 +11,8 @@ import yaml
 from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_params
 
 CORE = "errors files params tokenizer corpus ranks model optimizer score checkpoint generator trainer".split()  # noqa: SIM905
-ORDER = [*CORE, "tracking", "serving"]
-CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", "tracking", "serving", "charts", "threads"}
+ORDER = [*CORE, "journal", "machine", "tracking", "serving"]
+CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", *ORDER[len(CORE) :], "charts", "threads"}
 
 
 def imports(path):
@@ -141,9 +141,15 @@ def test_one_command_makes_everything(repository):
     assert run.params["sample.temperature"] == "0.8"
     assert run.metrics["evaluate.val.loss"] == scores["val"]["loss"]
     assert {"train_loss", "val_loss", "learning_rate", "grad_norm", "chars_per_second"} <= set(run.metrics)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(run.metrics)
     assert len(run.tags["mlflow.source.git.commit"]) == 40
+    assert "threads" in run.tags["device"]
+    assert run.tags["throughput"].endswith("characters/s")
     assert found[0].inputs.dataset_inputs[0].dataset.name == "songs.txt"
-    assert {"model", "sample", "train"} <= {file.path for file in client.list_artifacts(found[0].info.run_id)}
+    files = {file.path for file in client.list_artifacts(found[0].info.run_id)}
+    assert {"model", "sample", "train", "params.yaml", "dvc.lock"} <= files
+    drawn = {file.path for file in client.list_artifacts(found[0].info.run_id, "train")}
+    assert drawn == {"train/history.csv", "train/loss.png"}
 
     summed = python("-m", "stages", cwd=folder)
     assert f"{scores['val']['loss']:.4f} nats" in summed.stdout
