@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DAGSHUB = "https://dagshub.com"
 """Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
 
-PATIENCE = 5.0
+PATIENCE = 4.5
 """Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
 
 TIMEOUT, SYNC_TIMEOUT = 10, 60
@@ -51,6 +51,14 @@ METRICS_PER_REQUEST = 1000
 
 TRAINED = ("data", "model", "train")
 """The sections of params.yaml that the train stage records; the later stages record their own."""
+
+TROUBLES = {
+    "Connection refused": "nothing listens there",
+    "NameResolutionError": "no such host is known",
+    "timed out": "no answer in time",
+    "Connection aborted": "the connection broke off",
+}
+"""What is in the words of the HTTP library, and what it means."""
 
 SECRETS = ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Variables of the environment whose values are never printed."""
@@ -213,12 +221,11 @@ class Mirror:
                 self._client.get_experiment_by_name(EXPERIMENT)
         return self._client
 
-    def _experiment(self, journal: Journal) -> str:
-        """The id of the journal's experiment, which is made where there is none."""
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is made where there is none."""
         from mlflow.exceptions import MlflowException
 
         client = self.connect()
-        name = next((record["experiment"] for record in journal.records("name")), EXPERIMENT)
         if name not in self._experiments:
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -232,6 +239,9 @@ class Mirror:
                         raise
             self._experiments[name] = found.experiment_id
         return self._experiments[name]
+
+    def _experiment(self, journal: Journal) -> str:
+        return self.experiment(next((record["experiment"] for record in journal.records("name")), EXPERIMENT))
 
     def _find(self, key: str, experiment: str) -> Run | None:
         from mlflow.entities import ViewType
@@ -474,7 +484,7 @@ class Tracker:
         if self._sender.error and not self._told:
             self._told = True
             print(
-                f"minigpt: {self.place} does not take the run: {_reason(self._sender.error)}; training goes on, "
+                f"minigpt: {self.place} does not take the run: {reason(self._sender.error)}; training goes on, "
                 f"and its journal keeps everything",
                 file=sys.stderr,
             )
@@ -487,7 +497,7 @@ class Tracker:
         answered = self._sender.wait()
         if missing := self._mirror.missing(self.journal):
             error = self._sender.error if answered else None
-            why = _reason(error) if error else f"not all was taken within {PATIENCE:g} seconds"
+            why = reason(error) if error else f"not all was taken within {PATIENCE:g} seconds"
             print(
                 f"minigpt: {missing} records of run {self.journal.key[:8]} are not in {self.place} yet: {why}; "
                 f"`python -m minigpt.tracking sync` sends them",
@@ -499,7 +509,7 @@ class Tracker:
         try:
             action()
         except Exception as error:
-            print(f"minigpt: no {what}: {_reason(error)}", file=sys.stderr)
+            print(f"minigpt: no {what}: {reason(error)}", file=sys.stderr)
 
     def _watch(self, device: torch.device) -> None:
         began = self.journal.records()[0]["time"] / 1000
@@ -521,9 +531,16 @@ def of_model(record: Path) -> Tracker:
     return tracker
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, without any secret."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: Exception) -> str:
+    """What an error says, in a few words and without any secret."""
+    text = str(error).strip() or type(error).__name__
+    if found := re.search(r"error code (\d{3}) !=|too many (\d{3}) error|^(401|403)\b", text):
+        status = next(filter(None, found.groups()))
+        return f"it answers {status}" + (": the token or password is not right" if status in ("401", "403") else "")
+    for sign, words in TROUBLES.items():
+        if sign in text:
+            return words
+    line = text.splitlines()[0]
     for name in SECRETS:
         if value := os.environ.get(name):
             line = line.replace(value, f"${name}")
@@ -559,7 +576,7 @@ def sync() -> int:
         try:
             _send_patiently(mirror, Journal(key))
         except Exception as error:
-            raise UserError(f"{mirror.uri}: run {key[:8]} could not be sent: {_reason(error)}") from None
+            raise UserError(f"{mirror.uri}: run {key[:8]} could not be sent: {reason(error)}") from None
         if mirror.sent > before:
             print(f"minigpt: run {key[:8]}: {mirror.sent - before} records sent")
     return len(keys)

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import http.server
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-TOKEN = "d0e5c07a9be14d55a6f2"
+TOKEN = secrets.token_hex(10)
 """User and password of every server here: DagsHub takes a token as both."""
 
-MLFLOW_2_7_1 = ["mlflow==2.7.1", "Flask-WTF<2", "gunicorn<24", "setuptools<81", "sqlalchemy<2.1"]
+MLFLOW_2_7_1 = ["mlflow==2.7.1", "Flask-WTF<2", "gunicorn<24", "setuptools<81", "sqlalchemy<2.1", "--only-binary=:all:"]
 """What DagsHub hosts, with the versions of its time."""
 
 CACHE = Path(os.environ.get("MINIGPT_TESTS_CACHE", Path.home() / ".cache/minigpt-tests"))
@@ -39,7 +40,7 @@ def environment(*requirements):
             return python
         shutil.rmtree(CACHE / name, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", CACHE / name], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         installed = subprocess.run([*install, *requirements], capture_output=True, text=True)
         if installed.returncode:
             shutil.rmtree(CACHE / name)
@@ -136,7 +137,8 @@ class Loopback:
                 self.send_response(status)
                 for name, value in headers:
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
+                if self.command != "HEAD" or "Content-Length" not in dict(headers):
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
@@ -202,7 +204,7 @@ class Proxy(Loopback):
         if fault == "lose":
             request.close_connection = True
             return
-        dropped = ("content-length", "transfer-encoding", "connection")
+        dropped = {"transfer-encoding", "connection"} | ({"content-length"} if request.command != "HEAD" else set())
         request.reply(answered.status, content, [h for h in answered.getheaders() if h[0].lower() not in dropped])
 
 

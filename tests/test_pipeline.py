@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_params
 
 CORE = "errors files params tokenizer corpus ranks model optimizer score checkpoint generator trainer".split()  # noqa: SIM905
-ORDER = [*CORE, "journal", "machine", "tracking", "serving"]
+ORDER = [*CORE, "journal", "machine", "tracking", "serving", "dagshub"]
 CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", *ORDER[len(CORE) :], "charts", "threads"}
 
 

@@ -195,7 +195,7 @@ def test_credentials_leave_the_address_before_anybody_prints_it(here, monkeypatc
     assert tracking.store() == tracking.store() == "https://mlflow.example.com/runs"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "s@cret"
-    assert "s@cret" not in tracking._reason(ConnectionError("no answer to s@cret\nand more"))
+    assert "s@cret" not in tracking.reason(ConnectionError("no answer to s@cret\nand more"))
 
 
 def test_a_resumed_training_says_nothing_twice(here):
