@@ -52,17 +52,14 @@ class Monitor:
 
         self._tell, self._process, self._psutil = tell, psutil.Process(), psutil
         self._gpus = visible_gpus() if device.type == "cuda" else []
-        psutil.cpu_percent()  # each call gives the load since the one before
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Measure once more, and no more after that."""
-        if not self._stopped.is_set():
-            self._stopped.set()
-            self._thread.join()
-            self._tell(self.load())
+        self._stopped.set()
+        self._thread.join()
 
     def load(self) -> dict[str, float]:
         """How busy the machine is now."""
@@ -78,7 +75,10 @@ class Monitor:
         return {f"system/{name}": value for name, value in values.items()}
 
     def _run(self) -> None:
-        while not self._stopped.wait(SECONDS):
+        self._psutil.cpu_percent()  # each call in a thread gives the load since the one before
+        stopped = False
+        while not stopped:
+            stopped = self._stopped.wait(SECONDS)
             try:
                 self._tell(self.load())
             except OSError:  # the disk is full: the training itself will say so
