@@ -2,7 +2,7 @@
 # make help       everything else
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test torture bench lint format shakespeare ui sync clean
+.PHONY: all help setup test torture bench lint format shakespeare ui sync dagshub clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,8 +32,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 test: $(VENV)/installed-dev  ## run all tests
 	python -m pytest
 
-torture: $(VENV)/installed-dev  ## kill, starve and damage trainings, in full, and print the counts
-	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py
+torture: $(VENV)/installed-dev  ## kill, starve and damage trainings and stores, in full, and print the counts
+	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py tests/test_tracking.py
 
 bench: $(VENV)/installed-dev data/shakespeare.txt  ## measure the project and its peers side by side
 	python -m benchmarks
@@ -67,7 +67,10 @@ ui: $(VENV)/installed  ## open the MLflow page of this repository's runs
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}
 
 sync: $(VENV)/installed  ## send runs to the tracking store that were made while it was away
-	python -m minigpt.tracking sync
+	@python -m minigpt.tracking sync
+
+dagshub: $(VENV)/installed  ## connect DVC and MLflow to DagsHub: make dagshub REPO=user/repo
+	@python -m minigpt.dagshub $(REPO)
 
 clean:  ## remove what the stages wrote; DVC's cache, runs and .venv stay
 	rm -rf data/prepared models results

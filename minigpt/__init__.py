@@ -2,7 +2,8 @@
 
 Nouns live here, verbs in ``stages/``. Imports go one way, down this list to the names above:
 errors, files, params, tokenizer, corpus, ranks, model, optimizer, score, checkpoint, generator, trainer,
-tracking, serving. Two stand apart: process, which acts before torch is imported, and charts.
+journal, machine, tracking, serving, dagshub. Two stand apart: process, which acts before torch is imported, and
+charts.
 """
 
 __version__ = "0.1.0"

@@ -52,7 +52,13 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         from minigpt.generator import Decoding
 
         wanted = DEFAULTS | (params or {})
-        if not (0 <= wanted["max_new_tokens"] <= 100_000 and wanted["temperature"] >= 0 and 0 < wanted["top_p"] <= 1):
+        in_range = (
+            0 <= wanted["max_new_tokens"] <= 100_000
+            and wanted["temperature"] >= 0
+            and wanted["top_k"] >= 0
+            and 0 < wanted["top_p"] <= 1
+        )
+        if not in_range:
             raise MlflowException.invalid_parameter_value(f"out of range: {wanted}")
         length = wanted.pop("max_new_tokens")
         try:

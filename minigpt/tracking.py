@@ -1,4 +1,4 @@
-"""The journal of a training, on disk first, and its mirror in MLflow: here, on a server, or on DagsHub.
+"""The mirror of trainings in MLflow: here, on a server, or on DagsHub.
 
 Where runs go: MLFLOW_TRACKING_URI if it is set; else DagsHub, if DAGSHUB_REPO=user/repo and DAGSHUB_USER_TOKEN are;
 else mlflow.db in the repository. A store that cannot be reached costs a training nothing but its mirror:
@@ -7,30 +7,41 @@ else mlflow.db in the repository. A store that cannot be reached costs a trainin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from minigpt.corpus import Corpus
 from minigpt.errors import UserError, run
-from minigpt.files import replacing, write_json
+from minigpt.journal import EXPERIMENT, Journal, locked, workspace
+from minigpt.machine import Monitor, describe
 from minigpt.params import Params, flatten
 
 if TYPE_CHECKING:
+    import torch
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-EXPERIMENT = "minigpt"
-"""The name of the MLflow experiment; the environment's MLFLOW_EXPERIMENT_NAME goes before."""
+DAGSHUB = "https://dagshub.com"
+"""Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
 
-TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""Seconds and retries of a request to a server, unless the environment has others: MLflow's own block for minutes."""
+PATIENCE = 4.5
+"""Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
+
+TIMEOUT, SYNC_TIMEOUT = 10, 60
+"""Seconds until a request counts as lost, beside a stage and in a sync; MLFLOW_HTTP_REQUEST_TIMEOUT goes before."""
+
+RETRIES = 3
+"""How often in a row a sync tries again where nothing arrives, after 1, 2 and 4 seconds."""
 
 RUN_TAG = "minigpt.run"
 """The MLflow tag that holds a run's key: how a run is found again."""
@@ -41,202 +52,233 @@ METRICS_PER_REQUEST = 1000
 TRAINED = ("data", "model", "train")
 """The sections of params.yaml that the train stage records; the later stages record their own."""
 
-VALUE_LENGTH = 500
-"""Longest value of a param that old servers take."""
+TROUBLES = {
+    "Connection refused": "nothing listens there",
+    "NameResolutionError": "no such host is known",
+    "timed out": "no answer in time",
+    "Connection aborted": "the connection broke off",
+}
+"""What is in the words of the HTTP library, and what it means."""
 
-
-def workspace() -> Path:
-    """The main workspace: DVC runs queued experiments in copies of it, which vanish."""
-    return Path(os.environ.get("DVC_ROOT") or ".").resolve()
+SECRETS = ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables of the environment whose values are never printed."""
 
 
 def store() -> str:
-    """The tracking URI; credentials go to the environment that MLflow reads, never into the URI."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
+    """The tracking URI; credentials go to the environment that MLflow reads, never into the URI.
+
+    Raises:
+        UserError: DAGSHUB_REPO does not name a repository.
+    """
     repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return _placed(_without_credentials(uri))
     if repo and token:
-        os.environ.setdefault("MLFLOW_TRACKING_USERNAME", token)
-        os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", token)
-        return f"https://dagshub.com/{repo}.mlflow"
+        _log_in(token, token)
+        return f"{dagshub_page(repo)}.mlflow"
     return f"sqlite:///{workspace() / 'mlflow.db'}"
 
 
-class Journal:
-    """Everything that is known of a run, as lines of JSON in ``.journal/<key>/journal.jsonl`` of the main workspace.
+def dagshub_page(repo: str) -> str:
+    """The address of a repository on DagsHub.
 
-    Args:
-        key: of the run; 32 hexadecimal digits.
+    Raises:
+        UserError: ``repo`` is not of the form user/repo.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"DAGSHUB_REPO: expected user/repo, got {repo!r}")
+    return f"{os.environ.get('DAGSHUB_CLIENT_HOST', DAGSHUB).rstrip('/')}/{repo}"
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.folder = workspace() / ".journal" / key
-        self._metrics_until: dict[str, int] | None = None
-        self._checked = False
 
-    def records(self) -> list[dict[str, Any]]:
-        """All that was written, in order. A last line cut short by a crash is left out."""
-        try:
-            lines = (self.folder / "journal.jsonl").read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines[:-1]]
+def _placed(uri: str) -> str:
+    """``uri`` with a relative path taken from the main workspace: a copy of it would take the store along."""
+    if match := re.fullmatch(r"(sqlite:///)([^/].*)", uri):
+        return f"{match[1]}{workspace() / match[2]}"
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        uri = uri.removeprefix("file:")
+    return str(workspace() / uri) if ":" not in uri and not uri.startswith("databricks") else uri
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Values at a step. What a resumed training says again is not written again."""
-        if self._metrics_until is None:
-            self._metrics_until = {}
-            for record in self.records():
-                if record["kind"] == "metrics":
-                    self._metrics_until |= dict.fromkeys(record["values"], record["step"])
-        fresh = {name: value for name, value in values.items() if step > self._metrics_until.get(name, -1)}
-        if fresh:
-            self._metrics_until |= dict.fromkeys(fresh, step)
-            self._write("metrics", step=step, values=fresh)
 
-    def again(self, values: dict[str, float]) -> None:
-        """Values that belong to no step, and may be measured again: each counts up from 0."""
-        measured = sum(
-            1 for record in self.records() if record["kind"] == "metrics" and set(values) <= set(record["values"])
-        )
-        self._write("metrics", step=measured, values=values)
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    if not parts.scheme.startswith("http") or "@" not in parts.netloc:
+        return uri
+    _log_in(unquote(parts.username or ""), unquote(parts.password or ""))
+    os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return os.environ["MLFLOW_TRACKING_URI"]
 
-    def params(self, values: dict[str, Any]) -> None:
-        """Parameters, by their dotted names."""
-        self._write("params", values={name: str(value)[:VALUE_LENGTH] for name, value in values.items()})
 
-    def tags(self, values: dict[str, str]) -> None:
-        """Tags; a later value of a name takes the place of the earlier one."""
-        self._write("tags", values=values)
-
-    def name(self, name: str) -> None:
-        """What the run is called."""
-        self._write("name", name=name)
-
-    def dataset(self, name: str, source: str, digest: str, profile: dict[str, int]) -> None:
-        """What was read: its name, where it lies, its digest, and its numbers of characters."""
-        self._write("dataset", name=name, source=source, digest=digest, profile=profile)
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or folder, kept beside the journal; it appears in the run under ``folder``."""
-        kept = Path("artifacts") / folder / path.name
-        with replacing(self.folder / kept) as target:
-            if path.is_dir():
-                shutil.copytree(path, target, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, target)
-        self._write("artifact", path=kept.as_posix(), folder=folder, is_folder=path.is_dir())
-
-    def status(self, status: str) -> None:
-        """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        self._write("status", status=status)
-
-    def _write(self, kind: str, **fields: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"kind": kind, "time": int(time.time() * 1000), **fields}
-        with (self.folder / "journal.jsonl").open("a+b") as file:
-            if not self._checked:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a crash may have left half a line
-                self._checked = True
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+def _log_in(user: str, password: str) -> None:
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", user)
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", password)
 
 
 class Mirror:
-    """Sends journals to a store, each record once.
+    """Sends journals to a store: each record once, in order, however often it is interrupted.
 
-    How far a journal has been sent is kept in ``sent.json`` beside it, a count of records for each store. A crash
-    between sending and counting sends one batch again: MLflow keeps one copy of a metric with equal step, time and
-    value.
+    How far a journal has been sent is kept beside it, in a file for each store: the byte that comes next, and the
+    byte up to which a request was under way. Where that request's answer was lost, the store is asked which metrics
+    it has; to send the rest again changes nothing in MLflow.
 
     Args:
         uri: the tracking URI of the store.
+        timeout: seconds until a request counts as lost.
+
+    Attributes:
+        sent: records sent so far, of all journals.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, timeout: int = TIMEOUT) -> None:
+        self.uri, self.timeout = uri, timeout
+        self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
         self._client: MlflowClient | None = None
-        self._experiment = ""
+        self.sent = 0
+        self._experiments: dict[str, str] = {}
+        self._runs: dict[str, str] = {}
 
-    def send(self, journal: Journal) -> None:
-        """Send what the store does not have yet.
+    def send(self, journal: Journal, check: bool = False) -> None:
+        """Send what the store does not have yet. A run that was deleted there is left alone.
+
+        Args:
+            journal: of the run.
+            check: ask the store whether it still has the run, even where all was sent.
 
         Raises:
             Exception: whatever MLflow raises where the store cannot be reached or refuses.
         """
-        records = journal.records()
-        path = journal.folder / "sent.json"
-        sent: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        done = sent.get(self.uri, 0)
-        if done == len(records):
-            return
-        run_id = self._run(journal, records)
-        while done < len(records):
-            group = [records[done]]
-            while done + len(group) < len(records) and _batches_with(group, records[done + len(group)]):
-                group.append(records[done + len(group)])
-            self._send(run_id, journal, group)
+        if check or self.missing(journal):
+            with locked(self._progress(journal)) as file:
+                self._send_from(journal, file)
+
+    def missing(self, journal: Journal) -> int:
+        """How many records have not been sent, as far as is known on this side."""
+        try:
+            return len(journal.since(_read_progress(self._progress(journal).read_bytes())["next"]))
+        except FileNotFoundError:
+            return len(journal.records())
+
+    def _progress(self, journal: Journal) -> Path:
+        return journal.folder / f"sent-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}.json"
+
+    def _send_from(self, journal: Journal, file: IO[bytes]) -> None:
+        file.seek(0)
+        progress = _read_progress(file.read())
+
+        def note(**changes: int) -> None:
+            progress.update(changes)
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps({"store": self.uri, **progress}).encode() + b"\n")
+            file.flush()
+
+        if journal.key not in self._runs:
+            known, end = self._find(journal.key, self._experiment(journal)), journal.since(0)[-1][1]
+            if known is None:
+                note(next=0, doubtful=0)
+                self._runs[journal.key] = self._create(journal)
+            elif known.info.lifecycle_stage == "deleted":
+                print(f"minigpt: {self.uri}: run {journal.key[:8]} was deleted there: nothing more is sent")
+                note(next=end, doubtful=0)
+            else:
+                self._runs[journal.key] = known.info.run_id
+                if not progress["next"]:  # there is a run, but no word here of what it holds
+                    note(doubtful=end)
+        pending = journal.since(progress["next"])
+        last = {record["path"]: end for record, end in pending if record["kind"] == "artifact"}
+        done = 0
+        while done < len(pending):
+            group = [pending[done]]
+            while done + len(group) < len(pending) and _batches_with(group, pending[done + len(group)][0]):
+                group.append(pending[done + len(group)])
+            (first, first_end), end = group[0], group[-1][1]
+            doubtful = first_end <= progress["doubtful"]
+            note(doubtful=max(end, progress["doubtful"]))
+            if first["kind"] != "artifact" or last[first["path"]] == end:
+                self._send(journal, [record for record, _ in group], doubtful)
+            note(next=end)
             done += len(group)
-            sent[self.uri] = done
-            temporary = path.with_name(f"sent.{os.getpid()}")
-            write_json(temporary, sent)
-            temporary.replace(path)
+            self.sent += len(group)
 
-    def run_id(self, key: str) -> str | None:
-        """The MLflow id of the run with this key, if the store has it."""
-        client, experiment = self._connect()
-        found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{key}'", max_results=1)
-        return str(found[0].info.run_id) if found else None
-
-    def _connect(self) -> tuple[MlflowClient, str]:
+    def connect(self) -> MlflowClient:
+        """The client of the store; importing MLflow takes seconds, and nothing is sent yet."""
         if self._client is None:
-            for name, value in TIMEOUTS.items():
-                os.environ.setdefault(name, value)
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self.timeout))
+            # MLflow's own second try makes a second run, where only the answer to the first was lost.
+            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
             import logging
 
             for chatty in ("alembic", "mlflow.store.db.utils"):
                 logging.getLogger(chatty).setLevel(logging.WARNING)
             from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
 
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            if not self.local:
+                self._client = MlflowClient(self.uri)
+                return self._client
             # The first client of a database makes its tables, which must not happen twice at once.
-            with _file_lock(workspace() / ".journal" / "store.lock"):
-                client = MlflowClient(self.uri)
-                experiment = client.get_experiment_by_name(name)
-                if experiment is None:
-                    local = self.uri.startswith("sqlite:")
-                    location = (workspace() / "mlartifacts").as_uri() if local else None
-                    try:
-                        self._experiment = client.create_experiment(name, location)
-                    except MlflowException:
-                        experiment = client.get_experiment_by_name(name)
-                        if experiment is None:
-                            raise
-                if experiment is not None:
-                    self._experiment = experiment.experiment_id
-            self._client = client
-        return self._client, self._experiment
+            with locked(workspace() / ".journal" / "store.lock"):
+                self._client = MlflowClient(self.uri)
+                self._client.get_experiment_by_name(EXPERIMENT)
+        return self._client
 
-    def _run(self, journal: Journal, records: list[dict[str, Any]]) -> str:
-        client, experiment = self._connect()
-        if run_id := self.run_id(journal.key):
-            return run_id
-        name = next((record["name"] for record in records if record["kind"] == "name"), journal.key[:8])
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is made where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        client = self.connect()
+        if name not in self._experiments:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                location = (workspace() / "mlartifacts").as_uri() if self.local else None
+                try:
+                    self._experiments[name] = client.create_experiment(name, location)
+                    return self._experiments[name]
+                except MlflowException:  # another process was faster, or its answer was lost
+                    found = client.get_experiment_by_name(name)
+                    if found is None:
+                        raise
+            self._experiments[name] = found.experiment_id
+        return self._experiments[name]
+
+    def _experiment(self, journal: Journal) -> str:
+        return self.experiment(next((record["experiment"] for record in journal.records("name")), EXPERIMENT))
+
+    def _find(self, key: str, experiment: str) -> Run | None:
+        from mlflow.entities import ViewType
+
+        found = self.connect().search_runs(
+            [experiment],
+            f"tags.`{RUN_TAG}` = '{key}'",
+            ViewType.ALL,
+            max_results=1,
+        )
+        return found[0] if found else None
+
+    def _create(self, journal: Journal) -> str:
+        records = journal.records()
+        named = next((record for record in records if record["kind"] == "name"), {"name": journal.key[:8]})
         tags = {RUN_TAG: journal.key}
-        return str(client.create_run(experiment, records[0]["time"], tags, name).info.run_id)
+        if named.get("restored"):
+            tags["restored"] = "DVC restored the training from its cache; its metrics are elsewhere"
+        created = self.connect().create_run(self._experiment(journal), records[0]["time"], tags, named["name"])
+        return str(created.info.run_id)
 
-    def _send(self, run_id: str, journal: Journal, group: list[dict[str, Any]]) -> None:
+    def _send(self, journal: Journal, group: list[dict[str, Any]], doubtful: bool) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        client, _ = self._connect()
+        client, run_id = self.connect(), self._runs[journal.key]
         kind, record = group[0]["kind"], group[0]
         if kind == "metrics":
-            client.log_batch(
-                run_id,
-                metrics=[Metric(n, v, r["time"], r["step"]) for r in group for n, v in r["values"].items()],
-            )
+            metrics = [Metric(n, v, r["time"], r["step"]) for r in group for n, v in r["values"].items()]
+            if doubtful:
+                there = {
+                    (name, known.timestamp, known.step)
+                    for name in {metric.key for metric in metrics}
+                    for known in client.get_metric_history(run_id, name)
+                }
+                metrics = [metric for metric in metrics if (metric.key, metric.timestamp, metric.step) not in there]
+            if metrics:
+                client.log_batch(run_id, metrics=metrics)
         elif kind == "params":
             has = client.get_run(run_id).data.params
             fresh = [Param(name, value) for name, value in record["values"].items() if name not in has]
@@ -245,46 +287,114 @@ class Mirror:
         elif kind == "tags":
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in record["values"].items()])
         elif kind == "dataset":
-            client.log_inputs(run_id, [_dataset_input(record)])
+            self._send_dataset(run_id, record)
         elif kind == "artifact":
-            inner = journal.folder / record["path"]
-            if record["is_folder"]:
-                client.log_artifacts(run_id, str(inner), "/".join(filter(None, (record["folder"], inner.name))))
-            else:
-                client.log_artifact(run_id, str(inner / inner.name), record["folder"] or None)
+            folder = PurePosixPath(record["path"]).parent.as_posix()
+            kept = journal.folder / "artifacts" / record["path"]
+            client.log_artifact(run_id, str(kept), None if folder == "." else folder)
         elif kind == "status":
             if record["status"] == "RUNNING":
                 client.update_run(run_id, "RUNNING")
             else:
                 client.set_terminated(run_id, record["status"], record["time"])
 
+    def _send_dataset(self, run_id: str, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
-def _batches_with(group: list[dict[str, Any]], record: dict[str, Any]) -> bool:
-    size = sum(len(r["values"]) for r in [*group, record] if "values" in r)
-    return group[0]["kind"] == record["kind"] == "metrics" and size <= METRICS_PER_REQUEST
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:32],
+            source_type="local",
+            source=json.dumps({"uri": record["source"]}),
+            profile=json.dumps(record["profile"]),
+        )
+        try:
+            self.connect().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        except MlflowException as error:
+            if error.get_http_status_code() != 404:
+                raise
+            print(f"minigpt: {self.uri} knows no datasets; the run has its dataset as a tag", file=sys.stderr)
+            self.connect().set_tag(run_id, "dataset", f"{record['name']} {record['digest'][:32]}")
 
 
-def _dataset_input(record: dict[str, Any]) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(
-        name=record["name"],
-        digest=record["digest"][:32],
-        source_type="local",
-        source=json.dumps({"uri": record["source"]}),
-        profile=json.dumps(record["profile"]),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+def _read_progress(text: bytes) -> dict[str, int]:
+    """Progress of nothing where ``text``, cut short by a crash, is none: then all of the journal is doubtful."""
+    try:
+        read = json.loads(text)
+        return {"next": int(read["next"]), "doubtful": int(read["doubtful"])}
+    except (ValueError, KeyError, TypeError):
+        return {"next": 0, "doubtful": 0}
 
 
-@contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    import fcntl
+def _batches_with(group: list[tuple[dict[str, Any], int]], record: dict[str, Any]) -> bool:
+    if group[0][0]["kind"] != "metrics" or record["kind"] != "metrics":
+        return False
+    return sum(len(r["values"]) for r, _ in group) + len(record["values"]) <= METRICS_PER_REQUEST
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+class Sender:
+    """Sends one journal: in a thread where the store is on another machine, so that nobody waits for it.
+
+    Attributes:
+        error: of the last try; None after one that came through.
+        patience: seconds for which ``wait`` will still wait, in all.
+    """
+
+    def __init__(self, mirror: Mirror, journal: Journal) -> None:
+        self.error: Exception | None = None
+        self.patience = PATIENCE
+        self._mirror, self._journal = mirror, journal
+        self._asked = self._tried = 0
+        self._turn = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def ask(self) -> None:
+        """Have what is new sent. A store on this machine has it on return; where it fails, it is not tried again."""
+        if self._mirror.local:
+            if self.error is None:
+                self._try()
+            return
+        if not self._mirror.missing(self._journal):
+            return
+        if self._thread is None:
+            try:
+                self._mirror.connect()
+            except Exception as error:
+                self.error = error
+                return
+            self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+            self._thread.start()
+        with self._turn:
+            self._asked += 1
+            self._turn.notify_all()
+
+    def wait(self) -> bool:
+        """Wait for what was asked; False where patience ends first."""
+        if self._mirror.local:
+            return True
+        began = time.monotonic()
+        with self._turn:
+            tried = self._turn.wait_for(lambda: self._tried >= self._asked, self.patience)
+        self.patience = max(0.0, self.patience - (time.monotonic() - began)) if tried else 0.0
+        return tried
+
+    def _run(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._asked > self._tried)
+                asked = self._asked
+            self._try()
+            with self._turn:
+                self._tried = asked
+                self._turn.notify_all()
+
+    def _try(self) -> None:
+        try:
+            self._mirror.send(self._journal)
+            self.error = None
+        except Exception as error:
+            self.error = error
 
 
 class Tracker:
@@ -297,17 +407,20 @@ class Tracker:
     def __init__(self, key: str) -> None:
         self.journal = Journal(key)
         self._mirror = Mirror(store())
-        self._silent = False
+        self._sender = Sender(self._mirror, self.journal)
+        self._monitor: Monitor | None = None
+        self._told = False
 
     @property
     def place(self) -> str:
         """Where the run can be seen."""
         return self._mirror.uri
 
-    def begin(self, params: Params, corpus: Corpus) -> None:
-        """Say what is trained on what; of a run that goes on, only that it does."""
+    def begin(self, params: Params, corpus: Corpus, device: torch.device) -> None:
+        """Say what is trained on what, and where; of a run that goes on, only that it does."""
         journal, model = self.journal, params.model
-        if not journal.records():
+        starts = sum(1 for record in journal.records("status") if record["status"] == "RUNNING")
+        if not starts:
             source = Path(params.data.source)
             shape = f"{source.stem} {model.n_layer}x{model.n_embd} {journal.key[:6]}"
             journal.name(os.environ.get("DVC_EXP_NAME") or shape)
@@ -316,43 +429,91 @@ class Tracker:
             journal.dataset(
                 source.name, str(source), corpus.digest, {"train": len(corpus.train), "val": len(corpus.val)}
             )
+            self.workspace_files()
+        journal.tags({"device": describe(device)} | ({"resumed": f"{starts} times"} if starts else {}))
         journal.status("RUNNING")
+        self.attempt("load of the machine", lambda: self._watch(device))
         self.mirror()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write values at a step to the journal."""
         self.journal.metrics(step, values)
 
+    def end(self, status: str, resumed_at: list[int]) -> None:
+        """Say how the training ended, and after which steps it was resumed; send all of it."""
+        if self._monitor:
+            self._monitor.stop()
+        if resumed_at:
+            starts = sum(1 for record in self.journal.records("status") if record["status"] == "RUNNING")
+            self.journal.tags({"resumed": f"{starts - 1} times, after steps {', '.join(map(str, resumed_at))}"})
+        self.journal.status(status)
+        self.finish()
+
     def stage(self, name: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
         """Add what a later stage did to the run, and send it: its params, and its metrics as ``name.metric``."""
+        experiment = os.environ.get("DVC_EXP_NAME", "")
         if not self.journal.records():
-            self.journal.name(f"{os.environ.get('DVC_EXP_NAME') or self.journal.key[:6]} (restored)")
-            self.journal.tags(
-                provenance() | {"restored": "DVC restored the training from its cache; its metrics are elsewhere"}
-            )
+            self.journal.name(f"{experiment or self.journal.key[:6]} (restored)", restored=True)
+        known = [record["values"].get("dvc.experiment", "") for record in self.journal.records("tags")]
+        known = list(filter(None, known))[-1:]
+        if experiment and experiment not in ", ".join(known).split(", "):
+            self.journal.tags({"dvc.experiment": ", ".join([*known, experiment])})
         self.journal.params(params)
         if metrics:
             self.journal.again({f"{name}.{metric}": value for metric, value in metrics.items()})
+        self.workspace_files()
         self.journal.status("FINISHED")
-        self.mirror()
+        print(f"minigpt: {name} is part of run {self.journal.key[:8]}, {self.called}, in {self.place}")
+        self.finish()
+
+    @property
+    def called(self) -> str:
+        """The name of the run, and whether its training is on record here."""
+        named = self.journal.records("name")[0]
+        return f"'{named['name']}'" + (": it was trained elsewhere" if named["restored"] else "")
+
+    def workspace_files(self) -> None:
+        """Keep params.yaml and, where there is one, dvc.lock: what this run was made from, to the digest."""
+        for path in (Path("params.yaml"), Path("dvc.lock")):
+            if path.exists():
+                self.journal.artifact(path)
 
     def mirror(self) -> None:
-        """Send what is new. A failure is told once, and nothing more is tried."""
-        self.attempt(lambda: self._mirror.send(self.journal))
+        """Have what is new sent. A first failure is told; training goes on."""
+        self._sender.ask()
+        if self._sender.error and not self._told:
+            self._told = True
+            print(
+                f"minigpt: {self.place} does not take the run: {reason(self._sender.error)}; training goes on, "
+                f"and its journal keeps everything",
+                file=sys.stderr,
+            )
 
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Do what only tracking needs: where it fails, say so once, and let the training be."""
-        if self._silent:
-            return
+    def finish(self) -> None:
+        """Send the rest; where the store has not taken it in time, say how it gets there."""
+        if self._mirror.local:
+            self._sender.error = None
+        self._sender.ask()
+        answered = self._sender.wait()
+        if missing := self._mirror.missing(self.journal):
+            error = self._sender.error if answered else None
+            why = reason(error) if error else f"not all was taken within {PATIENCE:g} seconds"
+            print(
+                f"minigpt: {missing} records of run {self.journal.key[:8]} are not in {self.place} yet: {why}; "
+                f"`python -m minigpt.tracking sync` sends them",
+                file=sys.stderr,
+            )
+
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Do what only tracking needs: where it fails, say so, and let the training be."""
         try:
             action()
         except Exception as error:
-            self._silent = True
-            print(
-                f"minigpt: not tracked in {self.place}: {_reason(error)}; the run is in {self.journal.folder}, "
-                f"and `python -m minigpt.tracking sync` sends it later",
-                file=sys.stderr,
-            )
+            print(f"minigpt: no {what}: {reason(error)}", file=sys.stderr)
+
+    def _watch(self, device: torch.device) -> None:
+        began = self.journal.records()[0]["time"] / 1000
+        self._monitor = Monitor(lambda load: self.journal.metrics(int(time.time() - began), load), device)
 
 
 def of_model(record: Path) -> Tracker:
@@ -362,13 +523,28 @@ def of_model(record: Path) -> Tracker:
         UserError: ``record``, the file that names the run, is missing or damaged.
     """
     try:
-        return Tracker(json.loads(record.read_text(encoding="utf-8"))["run"])
+        key = json.loads(record.read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: does not name a run ({error}); `dvc repro train` makes it") from None
+    tracker = Tracker(key)
+    tracker.mirror()
+    return tracker
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def reason(error: Exception) -> str:
+    """What an error says, in a few words and without any secret."""
+    text = str(error).strip() or type(error).__name__
+    if found := re.search(r"error code (\d{3}) !=|too many (\d{3}) error|^(401|403)\b", text):
+        status = next(filter(None, found.groups()))
+        return f"it answers {status}" + (": the token or password is not right" if status in ("401", "403") else "")
+    for sign, words in TROUBLES.items():
+        if sign in text:
+            return words
+    line = text.splitlines()[0]
+    for name in SECRETS:
+        if value := os.environ.get(name):
+            line = line.replace(value, f"${name}")
+    return line[:300]
 
 
 def provenance() -> dict[str, str]:
@@ -386,18 +562,45 @@ def provenance() -> dict[str, str]:
 
 
 def sync() -> int:
-    """Send what the store does not have, of every run of this workspace; gives the number of runs."""
-    mirror = Mirror(store())
-    folder = workspace() / ".journal"
-    keys = sorted(path.parent.name for path in folder.glob("*/journal.jsonl"))
-    journals = sorted((Journal(key) for key in keys), key=lambda j: (j.records() or [{"time": 0}])[0]["time"])
-    for journal in journals:
+    """Send what the store does not have, of every run of this workspace, the oldest first; gives their number.
+
+    Raises:
+        UserError: the store does not answer, or refuses a run; those before it, and what it took of it, are there.
+    """
+    mirror = Mirror(store(), SYNC_TIMEOUT)
+    keys = [path.parent.name for path in (workspace() / ".journal").glob("*/journal.jsonl")]
+    starts = {key: next((record["time"] for record in Journal(key).records()), None) for key in keys}
+    keys = sorted((key for key in keys if starts[key] is not None), key=lambda key: (starts[key], key))
+    for key in keys:
+        before = mirror.sent
         try:
-            if journal.records():
-                mirror.send(journal)
+            _send_patiently(mirror, Journal(key))
         except Exception as error:
-            raise UserError(f"{mirror.uri}: run {journal.key[:8]} could not be sent: {_reason(error)}") from None
-    return len(journals)
+            raise UserError(f"{mirror.uri}: run {key[:8]} could not be sent: {reason(error)}") from None
+        if mirror.sent > before:
+            print(f"minigpt: run {key[:8]}: {mirror.sent - before} records sent")
+    return len(keys)
+
+
+def _send_patiently(mirror: Mirror, journal: Journal) -> None:
+    """Send a journal; where the store is away for a moment, try again, RETRIES times without any progress."""
+    tries = 0
+    while True:
+        before = mirror.sent
+        try:
+            mirror.send(journal, check=True)
+            return
+        except Exception as error:
+            tries = 0 if mirror.sent > before else tries + 1
+            if tries > RETRIES or _final(error):
+                raise
+            time.sleep(2 ** max(0, tries - 1))
+
+
+def _final(error: Exception) -> bool:
+    """Whether the store has answered, and will give the same answer again."""
+    status = getattr(error, "get_http_status_code", lambda: 500)()
+    return 400 <= int(status) < 500 and status != 429
 
 
 def _main() -> None:

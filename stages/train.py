@@ -23,7 +23,8 @@ def main() -> None:
     settings = params.load()
     process.settle()
     from minigpt import charts, checkpoint, corpus, ranks
-    from minigpt.tracking import Tracker, workspace
+    from minigpt.journal import workspace
+    from minigpt.tracking import Tracker
     from minigpt.trainer import HISTORY, Trainer
 
     with ranks.join(settings.train.device, settings.train.grad_accum) as job:
@@ -36,13 +37,13 @@ def main() -> None:
             if tracker is None:
                 trainer.run()
                 return
-            tracker.begin(settings, text)
+            tracker.begin(settings, text, job.device)
             print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.place}")
             try:
                 outcome = trainer.run()
             except BaseException as error:
-                tracker.journal.status("KILLED" if isinstance(error, errors.Interrupted) else "FAILED")
-                tracker.mirror()
+                status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
+                tracker.end(status, trainer.facts["resumed_at"])
                 raise
 
             checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer)
@@ -58,13 +59,13 @@ def main() -> None:
             tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
             with tempfile.TemporaryDirectory() as temporary:
                 chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
-                tracker.attempt(lambda: charts.loss(outcome.history, settings.data.source, chart))
-                tracker.attempt(lambda: package(packaged))
+                tracker.attempt("loss chart", lambda: charts.loss(outcome.history, settings.data.source, chart))
+                tracker.attempt("packaged model", lambda: package(packaged))
                 for made, shown_in in ((chart, "train"), (packaged, "")):
                     if made.exists():
                         tracker.journal.artifact(made, shown_in)
-            tracker.journal.status("FINISHED")
-            tracker.mirror()
+            tracker.journal.tags({"throughput": f"{outcome.metrics['chars_per_second']:,} characters/s"})
+            tracker.end("FINISHED", trainer.facts["resumed_at"])
             checkpoints.remove()
 
 

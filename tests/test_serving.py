@@ -1,12 +1,15 @@
+import json
 import subprocess
 import sys
 
 import mlflow.pyfunc
 import pandas
 import pytest
+import requests
 import torch
 from conftest import params_with
 from mlflow.exceptions import MlflowException
+from servers import free_port, process
 
 from minigpt import checkpoint, serving
 from minigpt.generator import Decoding, Generator
@@ -57,3 +60,32 @@ def test_bad_requests_are_the_callers_fault(packaged, prompt, params, message):
     with pytest.raises(MlflowException, match=message) as error:
         loaded.predict(pandas.DataFrame({"prompt": [prompt]}), params)
     assert error.value.get_http_status_code() == 400
+
+
+def test_a_served_model_answers_and_tells_what_is_wrong(packaged, tmp_path):
+    port = free_port()
+    with process(
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", packaged[1], "--env-manager", "local", "-p", port,
+        url=f"http://127.0.0.1:{port}/ping", cwd=tmp_path,
+    ):  # fmt: skip
+
+        def ask(body):
+            answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+            return answer.status_code, answer.text
+
+        wanted = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5}
+        status, text = ask({"dataframe_records": [{"prompt": "ab"}], "params": wanted})
+        generator = Generator(*checkpoint.load_model(packaged[0]))
+        assert status == 200
+        assert json.loads(text) == {"predictions": [generator.generate("ab", 30, Decoding(0.9, 3, 0.8, 5))[0]]}
+        for body, message in [
+            ({"dataframe_records": [{"prompt": "xyz"}]}, "character 1, 'x'"),
+            ({"dataframe_records": [{"text": "ab"}]}, "prompt"),
+            ({"dataframe_records": [{"prompt": 7}]}, "prompt"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_p": 1.5}}, "out of range"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_k": -1}}, "out of range"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"temperature": "hot"}}, "temperature"),
+        ]:
+            status, text = ask(body)
+            assert 400 <= status < 500, (body, text)
+            assert message in text, (body, text)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, command, make_repository, make_workspace, overlay, python, set_params
+from mlflow import MlflowClient
 
 FULL = os.environ.get("TORTURE") == "full"
 LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
@@ -33,7 +34,13 @@ def prepared(folder, project_files, *changes):
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return kept | {"PATH": path, "MINIGPT_CHECKPOINT_SECONDS": "0.1", "MINIGPT_CPU": "off", **variables}
+    return kept | {
+        "PATH": path,
+        "MINIGPT_CHECKPOINT_SECONDS": "0.1",
+        "MINIGPT_CPU": "off",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
 def start(*arguments, cwd, **variables):
@@ -176,6 +183,27 @@ def test_a_second_signal_of_either_kind_leaves_at_once(second):
     ran = python("-c", code, cwd=ROOT)
     assert ran.returncode == -getattr(signal, second)
     assert ran.stdout == ""
+
+
+def test_interrupted_three_times_it_is_one_run(tmp_path, project_files):
+    folder = prepared(tmp_path / "work", project_files, {"train": {"max_iters": 900, "eval_interval": 300}})
+    for _ in range(3):
+        before = set(states(folder))
+        process = start_training(folder)
+        assert wait_for(lambda: set(states(folder)) - before, process), process.communicate()[0]  # noqa: B023
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    process = start_training(folder)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert re.fullmatch(r"3 times, after steps \d+, \d+, \d+", run.data.tags["resumed"])
+    losses = client.get_metric_history(run.info.run_id, "val_loss")
+    assert [metric.step for metric in losses] == [0, 300, 600, 900]
+    assert len({file.path for file in client.list_artifacts(run.info.run_id)}) == 3  # model, train, params.yaml
 
 
 def test_changed_params_start_afresh_and_say_so(tmp_path, project_files):
