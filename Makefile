@@ -61,7 +61,8 @@ data/shakespeare.txt: | $(VENV)/installed
 	  python -c 'import hashlib, sys; sys.exit(hashlib.md5(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' $@.new $$md5 && \
 	  mv $@.new $@; } || { rm -f $@.new; \
 	  echo "minigpt: Tiny Shakespeare came neither from a DVC remote nor from $$(grep -oE 'https?://[^ ]*' $@.dvc)"; \
-	  echo "minigpt: put it at $@, or name a DVC remote that holds it: dvc remote add --local --default NAME URL"; exit 1; } >&2
+	  echo "minigpt: name a DVC remote that holds it: dvc remote add --local --default NAME URL; or put it at"; \
+	  echo "minigpt: data/input.txt, set data.source in a copy of configs/shakespeare-cpu.yaml to that, and run dvc repro"; exit 1; } >&2
 
 ui: $(VENV)/installed  ## open the MLflow page of this repository's runs
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from minigpt.trainer import Trainer
 
 BASE: dict[str, dict[str, Any]] = {
-    "model": {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": 256, "attention_window": 64},
-    "train": {"max_iters": 400, "batch_size": 8, "eval_interval": 400, "device": "cpu"},
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 256, "attention_window": 64},
+    "train": {"max_iters": 300, "batch_size": 8, "eval_interval": 300, "device": "cpu"},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "the recipe": {},
