@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.contenders import MEASURES, ROOT
+from minigpt.machine import describe
 
 PACKAGES = ("torch", "numpy", "transformers", "dvc")
 
@@ -42,15 +43,9 @@ def measure(name: str, contender: str, number: int, options: argparse.Namespace)
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures hold for."""
-    facts: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        facts["processor"] = names[0] if names else facts["processor"]
-    if device.startswith("cuda"):
-        import torch
+    import torch
 
-        facts["gpu"] = torch.cuda.get_device_name(device)
+    facts: dict[str, Any] = {"device": describe(torch.device(device)), "cores": os.cpu_count()}
     facts["python"] = platform.python_version()
     for package in PACKAGES:
         try:
@@ -109,7 +104,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
     drawn = axes.barh(labels, ratios, color="#c1440e")
     axes.bar_label(drawn, [f"{ratio:.3g}" for ratio in ratios], padding=3)
     axes.axvline(1, color="#22223b", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times better than the peer", title=results["machine"].get("gpu", "CPU"))
+    axes.set(xscale="log", xlabel="times better than the peer", title=results["machine"]["device"])
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=150)

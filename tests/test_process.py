@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, python
 
 SETTLE = """
-import ctypes, json, os, resource, sys
+import ctypes, json, os, resource
 from minigpt import process
 process.settle()
 libc = ctypes.CDLL(None)
@@ -21,7 +21,6 @@ for _ in range(10):
     touch()
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(json.dumps([faults, {name: os.environ[name] for name in os.environ if name.startswith("OMP_")}]), flush=True)
-sys.stdin.readline()
 """
 
 
