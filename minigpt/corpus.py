@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,23 @@ def read_text(source: Path) -> Iterator[str]:
                     break
 
 
-def encode(source: Path, val_fraction: float, folder: Path) -> tuple[Tokenizer, int, int]:
+def normalized(texts: Iterator[str]) -> Iterator[str]:
+    """Chunks of a text in the form NFC. They are cut before a newline or space, with which nothing is composed."""
+    held = ""
+    for text in texts:
+        held += text
+        cut = max(held.rfind("\n"), held.rfind(" "))
+        if cut > 0:
+            yield unicodedata.normalize("NFC", held[:cut])
+            held = held[cut:]
+    yield unicodedata.normalize("NFC", held)
+
+
+def encode(source: Path, val_fraction: float, folder: Path, normalize: str = "none") -> tuple[Tokenizer, int, int]:
     """Encode a text to ``folder``: train.npy, val.npy and tokenizer.json; memory does not grow with the text.
 
-    The first pass collects the characters, the second writes their ids. Validation is the text's end.
+    The first pass collects the characters, the second writes their ids. Validation is the text's end. The text is
+    put in the normal form ``normalize``, NFC or none.
 
     Returns:
         the tokenizer, and the number of characters of train and val.
@@ -87,9 +101,13 @@ def encode(source: Path, val_fraction: float, folder: Path) -> tuple[Tokenizer, 
     Raises:
         UserError: the text is missing, empty, not UTF-8, or too short to be split.
     """
+
+    def texts() -> Iterator[str]:
+        return normalized(read_text(source)) if normalize == "NFC" else read_text(source)
+
     seen = np.zeros(CODE_POINTS, dtype=np.bool_)
     total = 0
-    for text in read_text(source):
+    for text in texts():
         points = code_points(text)
         if not seen.take(points, mode="clip").all():  # reading is three times as fast as marking
             seen[points] = True
@@ -99,13 +117,13 @@ def encode(source: Path, val_fraction: float, folder: Path) -> tuple[Tokenizer, 
     n_train = int(total * (1 - val_fraction))
     if n_train < 2 or total - n_train < 2:
         raise UserError(f"{source}: {total} characters are too few to split (data.val_fraction = {val_fraction})")
-    tokenizer = Tokenizer.of(seen)
+    tokenizer = Tokenizer.of(seen, normalize)
     tokenizer.save(folder / "tokenizer.json")
     written = 0
     with (folder / "train.npy").open("wb") as train, (folder / "val.npy").open("wb") as val:
         _write_header(train, n_train, tokenizer.dtype)
         _write_header(val, total - n_train, tokenizer.dtype)
-        for text in read_text(source):
+        for text in texts():
             ids = tokenizer.encode_known(code_points(text))
             cut = max(0, n_train - written)
             train.write(ids[:cut].data)

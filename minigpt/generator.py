@@ -1,8 +1,8 @@
-"""Writing text: one character after the other from the model's distribution, with a cache of what was read."""
+"""Writing text: one character after the other from the model's distribution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.decoder import Decoder, Weights
 from minigpt.errors import UserError
-from minigpt.model import GPT, Cache
+from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 
@@ -23,17 +24,27 @@ class Decoding:
         temperature: divides the logits; 0 takes the likeliest character.
         top_k: only the k likeliest characters; 0 for all.
         top_p: only the likeliest characters that together reach this probability; 1 for all.
+        min_p: only characters at least this many times as likely as the likeliest; 0 for all.
+        repetition_penalty: what the logits of characters in the context are divided by, or multiplied by where they
+            are negative; 1 for none.
+        stop: texts; a sample ends before the first of them that it would write.
         seed: of the choices; sample i of a seed is the same whatever is written beside it.
         overflow: what happens when the context is full. ``slide`` reads the last block_size - 1 characters anew for
-            every further one: each has the most context that the model can use, at the cost of a whole forward pass.
-            ``hop`` reads the last half of the context anew and goes on with the cache.
+            every further one: each is predicted from the most context that the model was trained with, at the cost of
+            a whole forward pass. ``hop`` reads the last half of the context anew and goes on from there. ``roll``, for
+            rotary positions, goes on without end and reads nothing twice: a character looks at the keys and values of
+            the last W (attention_window, or else block_size), as they were computed when those were read. What they
+            know reaches back further than that, as in Transformer-XL (Dai et al. 2019).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
     seed: int = 0
-    overflow: Literal["hop", "slide"] = "hop"
+    overflow: Literal["hop", "slide", "roll"] = "hop"
 
 
 def filter_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
@@ -41,23 +52,32 @@ def filter_probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
 
     Args:
         logits: (B, V).
-        decoding: temperature (not 0), top_k and top_p are used.
+        decoding: temperature (not 0), top_k, top_p and min_p are used, in this order.
 
     Returns:
-        probabilities (B, V), each row of sum 1. Top-p keeps the smallest set of likeliest characters whose
-        probabilities sum to at least p (Holtzman et al. 2020), after top-k.
+        (B, V): probabilities, each row up to a factor. Top-p keeps the smallest set of likeliest characters whose
+        probabilities sum to at least p (Holtzman et al. 2020); min-p is that of Nguyen et al. (2024).
     """
-    logits = logits / decoding.temperature
+    if decoding.temperature != 1:
+        logits = logits / decoding.temperature
     if 0 < decoding.top_k < logits.size(-1):
         least = logits.topk(decoding.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(-1)
+    probabilities = logits.softmax(-1, torch.float64)
     if decoding.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        kept = torch.zeros_like(ordered).scatter(-1, order, ordered * (before < decoding.top_p))
-        probabilities = kept / kept.sum(-1, keepdim=True)
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered * (before < decoding.top_p))
+    if decoding.min_p:
+        least = probabilities.amax(-1, keepdim=True) * decoding.min_p
+        probabilities = probabilities * (probabilities >= least)
     return probabilities
+
+
+def penalise(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
+    """Make the characters of the context (B, T) less likely (Keskar et al. 2019): logits (B, V) -> (B, V)."""
+    seen = logits.gather(-1, context)
+    return logits.scatter(-1, context, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def choose(logits: Tensor, decoding: Decoding, uniforms: Tensor) -> Tensor:
@@ -73,9 +93,9 @@ def choose(logits: Tensor, decoding: Decoding, uniforms: Tensor) -> Tensor:
     """
     if not decoding.temperature:
         return logits.argmax(-1)
-    cumulative = filter_probabilities(logits.double(), decoding).cumsum(-1)
-    quantile = (uniforms[:, None] * cumulative[:, -1:]).to(cumulative.dtype)
-    return (cumulative <= quantile).sum(-1).clamp_max(logits.size(-1) - 1)
+    cumulative = filter_probabilities(logits, decoding).cumsum(-1)
+    quantile = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, quantile, right=True).view(-1).clamp_max(logits.size(-1) - 1)
 
 
 def uniforms(seed: int, samples: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -84,17 +104,46 @@ def uniforms(seed: int, samples: int, length: int) -> np.ndarray[tuple[int, int]
     return np.stack(rows).astype(np.uint64).reshape(samples, length) / 2.0**64 * (1 - 2.0**-53)
 
 
+class Stops:
+    """A text as it is written, up to the first of the stop strings; what may be the start of one is held back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self.held = ""
+        self.ended = False
+
+    def add(self, character: str) -> str:
+        """Write a character; gives what can be shown now."""
+        if self.ended:
+            return ""
+        self.held += character
+        for stop in self.stop:
+            if self.held.endswith(stop):
+                self.ended = True
+                return self.rest()[: -len(stop)]
+        longest = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown, self.held = self.held[: len(self.held) - longest], self.held[len(self.held) - longest :]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back."""
+        held, self.held = self.held, ""
+        return held
+
+
 class Generator:
     """A model that writes.
 
     Args:
-        model: in evaluation mode; its device and dtype are used.
+        model: in evaluation mode; its device is used.
         tokenizer: the model's.
+        weights: what the model's weights are rounded to.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, weights: Weights = "float32") -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.decoder = Decoder(model, weights)
 
     def generate(
         self, prompt: str, max_new_tokens: int, decoding: Decoding, samples: int = 1, name: str = "the prompt"
@@ -103,7 +152,7 @@ class Generator:
 
         Args:
             prompt: at least one character, all in the vocabulary.
-            max_new_tokens: characters to add.
+            max_new_tokens: characters to add at most.
             decoding: how they are chosen.
             samples: how many continuations, computed together.
             name: what error messages call the prompt.
@@ -112,34 +161,46 @@ class Generator:
             the prompt with its continuation, for each sample.
 
         Raises:
-            UserError: the prompt is empty or has an unknown character.
+            UserError: the prompt is empty or has an unknown character; or ``roll`` is asked of learned positions.
         """
         written = list(self.stream(prompt, max_new_tokens, decoding, samples, name))
-        return [prompt + "".join(characters) for characters in zip(*written, strict=True)] or [prompt] * samples
+        return [prompt + "".join(pieces) for pieces in zip(*written, strict=True)] or [prompt] * samples
 
-    @torch.inference_mode()
     def stream(
         self, prompt: str, max_new_tokens: int, decoding: Decoding, samples: int = 1, name: str = "the prompt"
     ) -> Iterator[list[str]]:
-        """As :meth:`generate`, but each character as it is written: a list with one character per sample."""
+        """As :meth:`generate`, but the text as it is written: a list with the next piece of each sample."""
+        texts = [Stops(decoding.stop) for _ in range(samples)]
+        for ids in self._ids(prompt, max_new_tokens, decoding, samples, name):
+            characters = map(self.tokenizer.characters.__getitem__, ids.tolist())
+            yield [text.add(character) for text, character in zip(texts, characters, strict=True)]
+            if decoding.stop and all(text.ended for text in texts):
+                return
+        if decoding.stop:
+            yield [text.rest() for text in texts]
+
+    @torch.inference_mode()
+    def _ids(self, prompt: str, count: int, decoding: Decoding, samples: int, name: str) -> Iterator[Tensor]:
+        """The characters, (B,) at a time."""
         if not prompt:
             raise UserError(f"{name}: empty; the model needs at least one character to start from, such as a newline")
-        context = self.model.config.block_size
-        device = self.model.embedding.weight.device
+        roll = decoding.overflow == "roll"
+        if roll and self.model.config.positions == "learned":
+            raise UserError("overflow: roll needs rotary positions, and this model's are learned; use hop or slide")
+        context, device = self.model.config.block_size, self.model.embedding.weight.device
         read = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64)).to(device)
-        history = read.repeat(samples, 1)[:, -context:]
-        draws = torch.from_numpy(uniforms(decoding.seed, samples, max_new_tokens)).to(device)
-        cache = self._cache(samples)
-        fresh = history
-        for step in range(max_new_tokens):
-            if cache.length + fresh.size(1) > context:
-                kept = context if decoding.overflow == "slide" else max(1, context // 2)
-                cache, fresh = self._cache(samples), history[:, -kept:]
-            logits = self.model(fresh, cache)[:, -1]
-            ids = choose(logits, decoding, draws[:, step])
-            fresh = ids[:, None]
-            history = torch.cat((history, fresh), 1)[:, -context:]
-            yield list(self.tokenizer.decode(ids.cpu().numpy()))
-
-    def _cache(self, samples: int) -> Cache:
-        return Cache(self.model.config, samples, self.model.embedding.weight, self.model.compute_dtype)
+        draws = torch.from_numpy(uniforms(decoding.seed, samples, count)).to(device)
+        text = torch.empty(samples, len(read) + count, dtype=torch.int64, device=device)
+        text[:, : len(read)] = read
+        cache = self.decoder.cache(samples, context + self.decoder.window if roll else context)
+        since = 0 if roll else max(0, len(read) - context)
+        for end in range(len(read), len(read) + count):
+            if not roll and end - since > context:
+                since = end - (context if decoding.overflow == "slide" else max(1, context // 2))
+                cache.clear()
+            for start in range(since + cache.length, end, context):
+                logits = self.decoder.read(text[:, start : min(end, start + context)], cache)[:, 0]
+            if decoding.repetition_penalty != 1:
+                logits = penalise(logits, text[:, max(0, end - context) : end], decoding.repetition_penalty)
+            text[:, end] = choose(logits, decoding, draws[:, end - len(read)])
+            yield text[:, end]

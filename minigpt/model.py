@@ -24,24 +24,6 @@ MATRIX_INIT = 0.7
 """Scale of the uniform initialisation of ``init: zero``, in units of that which keeps the variance."""
 
 
-class Cache:
-    """Keys, values and ids of the characters that the model has read, so that each is computed once.
-
-    Args:
-        config: the architecture.
-        batch_size: sequences B; all have the same length.
-        like: a weight of the model; its device and, where ``dtype`` is None, its dtype are taken.
-        dtype: what the keys and values are stored in.
-    """
-
-    def __init__(self, config: Config, batch_size: int, like: Tensor, dtype: torch.dtype | None = None) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
-        self.ids = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=like.device)
-        self.length = 0
-
-
 class Linear(nn.Linear):
     """A linear map computed in the dtype of its input, whatever dtype its weights are kept in."""
 
@@ -102,7 +84,10 @@ class SquaredReLU(torch.autograd.Function):
 def activate(x: Tensor, name: str) -> Tensor:
     """The activation of the feed-forward layer, elementwise."""
     if name == "relu2":
-        return cast("Tensor", SquaredReLU.apply(x)) if x.requires_grad else x.clamp_min(0).square()  # type: ignore[no-untyped-call]
+        if x.requires_grad:
+            return cast("Tensor", SquaredReLU.apply(x))  # type: ignore[no-untyped-call]
+        rectified = F.relu(x)
+        return rectified * rectified
     return F.relu(x) if name == "relu" else F.gelu(x)
 
 
@@ -150,17 +135,13 @@ class Attention(nn.Module):
         self.out = Linear(width, config.n_embd, bias=config.bias)
         self.dropout = config.dropout if config.dropout_kind == "element" else 0.0
 
-    def forward(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: Cache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         """Attend.
 
         Args:
             x: (B, T, C).
-            mask: 0 where a position may look and -inf elsewhere, (T, positions looked at); or :func:`local_mask`.
+            mask: 0 where a position may look and -inf elsewhere, (T, T); or :func:`local_mask`.
             cos_sin: of the rotary angles, each (T, S/2).
-            cache: earlier characters' keys and values; those of ``x`` are added.
-            layer: which of the cache's layers is this one's.
 
         Returns:
             (B, T, C).
@@ -174,26 +155,14 @@ class Attention(nn.Module):
         if cos_sin:
             qk = cast("Tensor", Rotation.apply(qk, *cos_sin))  # type: ignore[no-untyped-call]
         q, k = qk.unbind()
-        if cache:
-            seen = cache.length + T
-            cache.keys[layer, :, :, cache.length : seen] = k
-            cache.values[layer, :, :, cache.length : seen] = v
-            k, v = cache.keys[layer, :, :, :seen], cache.values[layer, :, :, :seen]
         y = self._attend_locally(q, k, v, mask) if mask.ndim == 3 else self._attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, H * S))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention: queries (B, H, T, S), keys and values (B, H, U, S) -> (B, H, T, S)."""
+        """Softmax attention to all earlier positions: (B, H, T, S) -> (B, H, T, S)."""
         B, H, T, S = q.shape
-        window = self.config.attention_window
-        dropout = self.dropout if self.training else 0.0
-        if T == 1 and window:
-            k, v, mask = k[:, :, -window:], v[:, :, -window:], mask[:, -window:]
-        if q.is_cuda or T > 512 or k.size(2) > T:
-            causal = k.size(2) == T and not 0 < window < T
-            return F.scaled_dot_product_attention(
-                q, k, v, None if causal or T == 1 else mask, dropout, is_causal=causal and T > 1
-            )
+        if q.is_cuda or T > 512:
+            return F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0, is_causal=True)
         # On a CPU and short contexts, the fused kernel's backward pass is slower than these products: 3 times at 256.
         q, k, v = (t.reshape(B * H, T, S) for t in (q, k, v))
         return self._by_products(q, k, v, mask).view(B, H, T, S)
@@ -222,6 +191,14 @@ class Attention(nn.Module):
         return torch.bmm(F.dropout(weights, self.dropout, self.training) if self.dropout else weights, v)
 
 
+def causal_mask(length: int, window: int = 0) -> Tensor:
+    """0 where a position may look, at itself and what is before (the last ``window``; 0: all), else -inf; (T, T)."""
+    visible = torch.ones(length, length).tril()
+    if window:
+        visible = visible.triu(1 - window)
+    return torch.zeros(length, length).masked_fill_(visible == 0, -math.inf)
+
+
 def local_mask(window: int, length: int, sequences: int, like: Tensor) -> Tensor:
     """For each chunk of ``window`` queries, which of its own and the previous chunk's keys each may look at.
 
@@ -234,6 +211,17 @@ def local_mask(window: int, length: int, sequences: int, like: Tensor) -> Tensor
     first = hidden | (key < window)  # before the first chunk there is nothing
     chunks = torch.stack([first] + [hidden] * (-(-length // window) - 1))
     return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf).repeat(sequences, 1, 1)
+
+
+def rotary_angles(config: Config, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles by which rotary positions turn each pair of channels, float32 (length, S/2).
+
+    Pair i of S/2 turns by rotary_base ** -(2 i / S) radians from one position to the next (Su et al. 2021).
+    """
+    half = config.head_size // 2
+    speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * speed
+    return angle.cos().float(), angle.sin().float()
 
 
 class FeedForward(nn.Module):
@@ -263,11 +251,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None, cache: Cache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments are :meth:`Attention.forward`'s."""
-        x = x + self.dropout(self.attention(self.norm1(x), mask, cos_sin, cache, layer))
+        x = x + self.dropout(self.attention(self.norm1(x), mask, cos_sin))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
@@ -303,16 +289,11 @@ class GPT(nn.Module):
         self.head = Linear(C, vocab_size, bias=config.bias)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        visible = torch.ones(T, T).tril()
-        if config.attention_window:
-            visible = visible.triu(1 - config.attention_window)
-        self.register_buffer("mask", torch.zeros(T, T).masked_fill_(visible == 0, -math.inf), persistent=False)
+        self.register_buffer("mask", causal_mask(T), persistent=False)
         if config.positions == "rotary":
-            half = config.head_size // 2
-            speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
-            angle = torch.arange(T, dtype=torch.float64)[:, None] * speed  # (T, S/2), radians
-            self.register_buffer("cos", angle.cos().float(), persistent=False)
-            self.register_buffer("sin", angle.sin().float(), persistent=False)
+            cos, sin = rotary_angles(config, T)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -347,52 +328,41 @@ class GPT(nn.Module):
                 self.embedding.weight.normal_(std=1.0 if config.embd_norm else 0.02)
                 self.head.weight.zero_()
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Logits in at least float32.
 
         Args:
-            ids: characters, int64 (B, T); with a cache, those that follow what it holds.
-            cache: what the model has read so far; ``ids`` are added to it.
+            ids: characters, int64 (B, T), T at most block_size.
 
         Returns:
             (B, T, V): at each position, the logits of the character that comes next.
         """
         T = ids.size(1)
-        start = cache.length if cache else 0
-        stop = start + T
-        x = self._embed(ids, cache)
-        if not cache and 0 < self.config.attention_window < T:
+        x = self._embed(ids)
+        if 0 < self.config.attention_window < T:
             sequences = 1 if x.is_cuda else ids.size(0) * self.config.n_head  # the products do not broadcast
             mask = local_mask(self.config.attention_window, T, sequences, x)
         else:
-            mask = self.mask[start:stop, :stop].to(x.dtype)
+            mask = self.mask[:T, :T].to(x.dtype)
         cos_sin = None
         if self.config.positions == "rotary":
-            cos_sin = self.cos[start:stop].to(x.dtype), self.sin[start:stop].to(x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask, cos_sin, cache, layer)
-        if cache:
-            cache.length = stop
+            cos_sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        for block in self.blocks:
+            x = block(x, mask, cos_sin)
         logits: Tensor = self.head(self.norm(x))
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
-    def _embed(self, ids: Tensor, cache: Cache | None) -> Tensor:
+    def _embed(self, ids: Tensor) -> Tensor:
         """The residual stream's start, (B, T, C): characters, their neighbours, positions."""
         config = self.config
-        start, T = (cache.length if cache else 0), ids.size(1)
-        before = 0
-        if cache:
-            cache.ids[:, start : start + T] = ids
-            before = min(start, config.embd_conv - 1)
-            ids = cache.ids[:, start - before : start + T]
         x = self.embedding(ids)
         if config.embd_conv > 1:
             mixed = x
             for back, weight in enumerate(self.conv[: x.size(1) - 1], 1):
                 mixed = mixed + weight * F.pad(x, (0, 0, back, -back))
-            x = mixed[:, before:]
+            x = mixed
         if config.positions == "learned":
-            x = x + self.position.weight[start : start + T]
+            x = x + self.position.weight[: ids.size(1)]
         x = self.embd_norm(x)
         return x.to(self.compute_dtype) if self.compute_dtype else x
 

@@ -36,6 +36,7 @@ class Data(Section):
 
     source: Annotated[str, Field(min_length=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    normalize: Literal["none", "NFC"]
 
 
 class Model(Section):
@@ -122,8 +123,12 @@ class Sample(Section):
     temperature: NotNegative
     top_k: CountOrZero
     top_p: Annotated[float, Field(gt=0, le=1)]
+    min_p: Annotated[float, Field(ge=0, le=1)]
+    repetition_penalty: Positive
+    stop: list[Annotated[str, Field(min_length=1)]]
     seed: Seed
-    overflow: Literal["hop", "slide"]
+    overflow: Literal["hop", "slide", "roll"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8"]
 
 
 class Params(Section):
@@ -142,6 +147,14 @@ class Params(Section):
         if model and evaluate.stride > model.block_size:
             raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
         return evaluate
+
+    @field_validator("sample")
+    @classmethod
+    def _rolling_needs_distances(cls, sample: Sample, info: ValidationInfo) -> Sample:
+        model = info.data.get("model")
+        if model and sample.overflow == "roll" and model.positions == "learned":
+            raise ValueError("its overflow: roll needs model.positions: rotary; with learned ones, take hop or slide")
+        return sample
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 REQUIREMENTS = ["torch", "numpy", "pydantic", "pyyaml", "safetensors", "tqdm"]
 """What serving needs beside mlflow."""
 
-DEFAULTS: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 0}
+DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 200,
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "stop": [],
+    "seed": 0,
+}
 """The parameters of a request, with the values of those left out."""
 
 
@@ -32,9 +41,14 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Read the exported model, an artifact of the package."""
         from minigpt.checkpoint import load_model
+        from minigpt.decoder import choose_weights
         from minigpt.generator import Generator
+        from minigpt.ranks import choose_device
 
-        self.generator = Generator(*load_model(Path(context.artifacts["model"])))
+        device = choose_device("auto")
+        self.generator = Generator(
+            *load_model(Path(context.artifacts["model"]), device), choose_weights("auto", device)
+        )
 
     def predict(
         self,
@@ -57,6 +71,10 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             and wanted["temperature"] >= 0
             and wanted["top_k"] >= 0
             and 0 < wanted["top_p"] <= 1
+            and 0 <= wanted["min_p"] <= 1
+            and wanted["repetition_penalty"] > 0
+            and wanted["seed"] >= 0
+            and all(wanted["stop"])
         )
         if not in_range:
             raise MlflowException.invalid_parameter_value(f"out of range: {wanted}")
@@ -75,8 +93,11 @@ def package(model: Path, target: Path) -> None:
     from mlflow.models import ModelSignature
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    kinds = {int: DataType.long, float: DataType.double}
-    parameters = [ParamSpec(name, kinds[type(value)], value) for name, value in DEFAULTS.items()]
+    kinds = {int: DataType.long, float: DataType.double, list: DataType.string}
+    parameters = [
+        ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
+        for name, value in DEFAULTS.items()
+    ]
     prompts, texts = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*input example", UserWarning)  # the signature is written out

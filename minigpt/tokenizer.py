@@ -33,19 +33,21 @@ class Tokenizer:
 
     Args:
         characters: the vocabulary, not empty; the id of a character is its position.
+        normalize: ``NFC`` where texts are put in that form before they are encoded, else ``none``.
     """
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, normalize: str = "none") -> None:
         self.characters = characters
+        self.normalize = normalize
         self._points = code_points(characters).astype("<u4")
         self._ids = np.zeros(int(self._points.max()) + 1, self.dtype)
         self._ids[self._points] = np.arange(self.vocab_size)
 
     @classmethod
-    def of(cls, seen: NDArray[np.bool_]) -> Tokenizer:
+    def of(cls, seen: NDArray[np.bool_], normalize: str = "none") -> Tokenizer:
         """The tokenizer of the code points marked in ``seen``, shape (CODE_POINTS,)."""
         points = np.flatnonzero(seen).astype("<u4")
-        return cls(points.tobytes().decode("utf-32-le", "surrogatepass"))
+        return cls(points.tobytes().decode("utf-32-le", "surrogatepass"), normalize)
 
     @property
     def vocab_size(self) -> int:
@@ -62,12 +64,22 @@ class Tokenizer:
         """Ids of code points that are all in the vocabulary, in the dtype of the tokens on disk; nothing is checked."""
         return self._ids.take(points, mode="clip")
 
+    def normalized(self, text: str) -> str:
+        """``text`` in the form in which it is encoded."""
+        return unicodedata.normalize("NFC", text) if self.normalize == "NFC" else text
+
+    def without_unknown(self, text: str) -> tuple[str, str]:
+        """``text``, normalized, less the characters that have no id; and those, each once."""
+        text, known = self.normalized(text), set(self.characters)
+        return "".join(c for c in text if c in known), "".join(sorted(set(text) - known))
+
     def encode(self, text: str, name: str = "the text") -> NDArray[Any]:
-        """The ids of ``text``, shape (len(text),).
+        """The ids of ``text``, normalized, shape (characters,).
 
         Raises:
             UserError: a character of ``text`` has no id; the first is shown. ``name`` says what the text is.
         """
+        text = self.normalized(text)
         points = code_points(text)
         unknown = np.flatnonzero(~np.isin(points, self._points))
         if unknown.size:
@@ -84,7 +96,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        write_json(path, {"kind": "characters", "characters": self.characters})
+        write_json(path, {"kind": "characters", "normalize": self.normalize, "characters": self.characters})
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -94,10 +106,13 @@ class Tokenizer:
             UserError: the file is missing or not such a vocabulary.
         """
         try:
-            characters = json.loads(path.read_text(encoding="utf-8"))["characters"]
+            described = json.loads(path.read_text(encoding="utf-8"))
+            characters, normalize = described["characters"], described["normalize"]
             if not isinstance(characters, str) or not characters or len(set(characters)) != len(characters):
                 raise ValueError("its characters are no text of distinct characters")
-            return cls(characters)
+            if normalize not in ("none", "NFC"):
+                raise ValueError(f"its normalize is {normalize!r}, not none or NFC")
+            return cls(characters, normalize)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (ValueError, KeyError, TypeError) as error:

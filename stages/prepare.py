@@ -16,7 +16,7 @@ def main() -> None:
     """Run the stage."""
     data = params.load().data
     with replacing(PREPARED) as folder:
-        tokenizer, n_train, n_val = corpus.encode(Path(data.source), data.val_fraction, folder)
+        tokenizer, n_train, n_val = corpus.encode(Path(data.source), data.val_fraction, folder, data.normalize)
     print(
         f"minigpt: {data.source}: {n_train:,} characters to train on, {n_val:,} to validate, "
         f"{tokenizer.vocab_size} different ones"

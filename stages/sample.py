@@ -15,17 +15,18 @@ def main() -> None:
     settings = params.load()
     process.settle()
     from minigpt import checkpoint, ranks, tracking
+    from minigpt.decoder import choose_weights
     from minigpt.generator import Decoding, Generator
 
     tracker = tracking.of_model(RESULTS / "train" / "run.json")
     sample, device = settings.sample, ranks.choose_device(settings.train.device)
     model, tokenizer = checkpoint.load_model(MODEL, device)
-    generator = Generator(model, tokenizer)
+    generator = Generator(model, tokenizer, choose_weights(sample.dtype, device))
     names = [f"params.yaml: sample.prompts[{number}]" for number in range(len(sample.prompts))]
     for prompt, name in zip(sample.prompts, names, strict=True):
         tokenizer.encode(prompt, name)
 
-    decoding = Decoding(sample.temperature, sample.top_k, sample.top_p, sample.seed, sample.overflow)
+    decoding = Decoding(**sample.model_dump(include=set(Decoding.__dataclass_fields__)))
     sections = []
     for prompt, name in zip(sample.prompts, names, strict=True):
         texts = generator.generate(prompt, sample.max_new_tokens, decoding, sample.num_samples, name)
@@ -35,7 +36,7 @@ def main() -> None:
     written = RESULTS / "sample" / "samples.txt"
     with replacing(written.parent) as folder:
         (folder / written.name).write_text("\n".join(sections), encoding="utf-8")
-    print(f"minigpt: {len(sections)} texts of {sample.max_new_tokens:,} characters in {written}")
+    print(f"minigpt: {len(sections)} texts of at most {sample.max_new_tokens:,} characters in {written}")
     tracker.journal.artifact(written, "sample")
     tracker.stage("sample", params.flatten(sample, "sample."), {})
 

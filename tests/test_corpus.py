@@ -1,6 +1,10 @@
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minigpt import corpus
 from minigpt.corpus import Split, encode, load, read_text, shuffled
@@ -137,3 +141,20 @@ def test_a_sampled_sweep_is_spread_over_the_split():
     assert len(starts) == 100
     assert (min(starts), max(starts)) == (0, 29_990)
     assert max(np.diff(starts)) <= 310
+
+
+@given(st.text("e\u0301\u0323क़क\u093cé한ㅏ\u1100\u1161\u11a8 \nx", max_size=60), st.integers(1, 7))
+def test_a_text_in_chunks_is_normalized_as_a_whole(text, size):
+    chunks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert "".join(corpus.normalized(iter(chunks))) == unicodedata.normalize("NFC", text)
+
+
+def test_the_normal_form_is_recorded(tmp_path):
+    (tmp_path / "a.txt").write_text("cafe\u0301 क\u093c\n" * 40, encoding="utf-8")
+    plain, _, _ = encode(tmp_path / "a.txt", 0.1, tmp_path)
+    composed, n_train, n_val = encode(tmp_path / "a.txt", 0.1, tmp_path, "NFC")
+    assert "é" not in plain.characters
+    assert "é" in composed.characters
+    assert "\u0301" not in composed.characters
+    assert n_train + n_val == 40 * len(unicodedata.normalize("NFC", "cafe\u0301 क\u093c\n"))
+    assert load(tmp_path).tokenizer.normalize == "NFC"

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import params_with
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minigpt.errors import UserError
-from minigpt.generator import Decoding, Generator, choose, filter_probabilities, uniforms
+from minigpt.generator import Decoding, Generator, Stops, choose, filter_probabilities, penalise, uniforms
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
@@ -24,29 +26,48 @@ def generator(**model):
 @torch.no_grad()
 def plainly(gen, prompt, length, decoding, sample=0):
     """What :meth:`Generator.generate` promises, without its cache: a full forward pass for every character."""
-    context = gen.model.config.block_size
+    config = gen.model.config
+    context, window = config.block_size, config.attention_window or config.block_size
     ids = gen.tokenizer.encode(prompt).tolist()
     draws = uniforms(decoding.seed, sample + 1, length)[sample]
-    seen = len(ids[-context:])
+    seen, model = len(ids[-context:]), gen.model
+    if decoding.overflow == "roll":  # what a model with a context for it all computes within its window
+        longer = config.model_copy(update={"block_size": len(ids) + length, "attention_window": window})
+        model = GPT(longer, len(CHARACTERS)).double().eval()
+        model.load_state_dict(gen.model.state_dict())
+        seen = len(ids)
     for draw in draws:
-        if seen > context:
+        if seen > context and decoding.overflow != "roll":
             seen = context if decoding.overflow == "slide" else context // 2
-        logits = gen.model(torch.tensor([ids[-seen:]]))[:, -1]
+        logits = model(torch.tensor([ids[-seen:]]))[:, -1]
+        if decoding.repetition_penalty != 1:
+            logits = penalise(logits, torch.tensor([ids[-context:]]), decoding.repetition_penalty)
         ids.append(int(choose(logits, decoding, torch.tensor([draw]))[0]))
         seen += 1
     return gen.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("positions, embd_conv", [("learned", 1), ("rotary", 4)])
-@pytest.mark.parametrize("overflow", ["hop", "slide"])
-@pytest.mark.parametrize("prompt", ["a", "abcdefghijabcde", "abcdefghijabcdef", "abcdefghij" * 3])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_text_is_what_full_forward_passes_give_past_the_context_too(
-    positions, embd_conv, overflow, prompt, temperature
-):
-    gen = generator(positions=positions, embd_conv=embd_conv)
-    decoding = Decoding(temperature=temperature, top_k=7, top_p=0.9, seed=3, overflow=overflow)
-    assert gen.generate(prompt, 50, decoding) == [plainly(gen, prompt, 50, decoding)]
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"positions": "learned", "embd_conv": 1},
+        {"positions": "rotary", "embd_conv": 4},
+        {"positions": "rotary", "embd_conv": 4, "attention_window": 5},
+    ],
+)
+@pytest.mark.parametrize("overflow", ["hop", "slide", "roll"])
+@pytest.mark.parametrize("prompt", ["a", "abcdefghijabcde", "abcdefghijabcdef", "abcdefghij" * 5])
+@pytest.mark.parametrize("temperature, penalty", [(0.0, 1.0), (1.0, 1.0), (1.0, 1.5)])
+def test_text_is_what_full_forward_passes_give_past_the_context_too(model, overflow, prompt, temperature, penalty):
+    gen = generator(**model)
+    decoding = Decoding(
+        temperature, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=penalty, seed=3, overflow=overflow
+    )
+    if overflow == "roll" and model["positions"] == "learned":
+        with pytest.raises(UserError, match="rotary"):
+            gen.generate(prompt, 50, decoding)
+        return
+    assert gen.generate(prompt, 80, decoding) == [plainly(gen, prompt, 80, decoding)]
 
 
 def test_a_sample_is_the_same_whatever_is_written_beside_it():
@@ -74,14 +95,53 @@ def test_bad_prompts(prompt, message):
 
 def test_filters_keep_what_they_should():
     logits = torch.log(torch.tensor([[0.4, 0.1, 0.3, 0.2]], dtype=torch.float64))
-    kept = lambda **how: filter_probabilities(logits, Decoding(**how))[0].tolist()  # noqa: E731
+
+    def kept(**how):
+        probabilities = filter_probabilities(logits, Decoding(**how))[0]
+        return (probabilities / probabilities.sum()).tolist()
+
     assert kept() == pytest.approx([0.4, 0.1, 0.3, 0.2])
     assert kept(top_k=2) == pytest.approx([4 / 7, 0, 3 / 7, 0])
     assert kept(top_p=0.6) == pytest.approx([4 / 7, 0, 3 / 7, 0])
     assert kept(top_p=0.71) == pytest.approx([4 / 9, 0, 3 / 9, 2 / 9])
     assert kept(top_p=0.01) == pytest.approx([1, 0, 0, 0])
     assert kept(top_k=3, top_p=0.99) == pytest.approx([4 / 9, 0, 3 / 9, 2 / 9])
+    assert kept(min_p=0.5) == pytest.approx([4 / 9, 0, 3 / 9, 2 / 9])
+    assert kept(min_p=1.0) == pytest.approx([1, 0, 0, 0])
+    assert kept(top_k=2, min_p=0.8) == pytest.approx([1, 0, 0, 0])
     assert kept(temperature=0.5) == pytest.approx((np.array([16, 1, 9, 4]) / 30).tolist())
+
+
+def test_a_penalty_makes_what_the_context_has_less_likely():
+    logits = torch.tensor([[2.0, -1.0, 3.0, -4.0], [2.0, -1.0, 3.0, -4.0]])
+    context = torch.tensor([[0, 0, 1], [2, 3, 2]])
+    expected = [[1.0, -2.0, 3.0, -4.0], [2.0, -1.0, 1.5, -8.0]]
+    assert penalise(logits, context, 2.0).tolist() == expected
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_first_stop_string(text, stop):
+    shown = Stops(stop)
+    pieces = [shown.add(character) for character in text]
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    if ends:  # the stop string that is complete first; of those complete at once, the one that was named first
+        ended = next(s for s in stop if text[: min(ends)].endswith(s))
+        assert shown.ended
+        assert "".join(pieces) == text[: min(ends) - len(ended)]
+    else:
+        assert not shown.ended
+        assert "".join(pieces) + shown.rest() == text
+
+
+def test_samples_end_each_on_its_own():
+    gen, decoding = generator(), Decoding(seed=5)
+    whole = gen.generate("ab", 60, decoding, samples=4)
+    stop = whole[1][20:22]
+    cut = gen.generate("ab", 60, Decoding(seed=5, stop=(stop,)), samples=4)
+    for one, all_of_it in zip(cut, whole, strict=True):
+        written = all_of_it[2:]
+        assert one == "ab" + (written[: written.find(stop)] if stop in written else written)
+    assert len(cut[1]) <= 20
 
 
 def test_draws_have_the_models_distribution():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ROOT, params_with
 
-from minigpt.model import GPT, Cache, local_mask
+from minigpt.model import GPT, local_mask
 from minigpt.params import load
 
 SWITCHES = {
@@ -50,18 +50,6 @@ def test_a_later_character_changes_no_earlier_logit_bitwise(model):
         after = gpt(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.equal(before[:, t:], after[:, t:])
-
-
-@pytest.mark.parametrize("model", variants(), ids=str)
-def test_reading_with_a_cache_gives_the_same_logits(model):
-    gpt = build(**model).double().eval()
-    T = gpt.config.block_size
-    ids = torch.randint(11, (2, T))
-    expected = gpt(ids)
-    for cuts in ([1] * T, [T], [5, 1, 1, T - 7], [2, 3, T - 5]):
-        cache = Cache(gpt.config, 2, gpt.embedding.weight)
-        got = [gpt(part, cache) for part in ids.split(cuts, dim=1)]
-        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from servers import free_port, process
 
 from minigpt import checkpoint, serving
+from minigpt.decoder import choose_weights
 from minigpt.generator import Decoding, Generator
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
@@ -30,10 +31,13 @@ def packaged(tmp_path_factory):
 
 def test_a_package_writes_what_the_generator_writes(packaged):
     model, package = packaged
-    wanted = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5}
-    texts = mlflow.pyfunc.load_model(str(package)).predict(pandas.DataFrame({"prompt": ["ab", "c\n"]}), wanted)
-    generator = Generator(*checkpoint.load_model(model))
-    assert texts == [generator.generate(p, 30, Decoding(0.9, 3, 0.8, 5))[0] for p in ("ab", "c\n")]
+    wanted = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ["bac"]}
+    wanted["seed"] = 5
+    texts = mlflow.pyfunc.load_model(str(package)).predict(
+        pandas.DataFrame({"prompt": ["ab", "c\n"]}), wanted | {"max_new_tokens": 30}
+    )
+    generator = Generator(*checkpoint.load_model(model), choose_weights("auto", torch.device("cpu")))
+    assert texts == [generator.generate(p, 30, Decoding(**wanted))[0] for p in ("ab", "c\n")]
 
 
 def test_a_package_needs_nothing_of_the_repository(packaged, tmp_path):
@@ -53,6 +57,8 @@ def test_a_package_needs_nothing_of_the_repository(packaged, tmp_path):
         ("xyz", {}, "character 1, 'x'"),
         ("a", {"top_p": 1.5}, "out of range"),
         ("a", {"max_new_tokens": -1}, "out of range"),
+        ("a", {"min_p": 2.0}, "out of range"),
+        ("a", {"stop": [""]}, "out of range"),
     ],
 )
 def test_bad_requests_are_the_callers_fault(packaged, prompt, params, message):
@@ -73,11 +79,11 @@ def test_a_served_model_answers_and_tells_what_is_wrong(packaged, tmp_path):
             answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
             return answer.status_code, answer.text
 
-        wanted = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5}
-        status, text = ask({"dataframe_records": [{"prompt": "ab"}], "params": wanted})
-        generator = Generator(*checkpoint.load_model(packaged[0]))
+        wanted = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5, "stop": ["bac"]}
+        status, text = ask({"dataframe_records": [{"prompt": "ab"}], "params": wanted | {"max_new_tokens": 30}})
+        generator = Generator(*checkpoint.load_model(packaged[0]), choose_weights("auto", torch.device("cpu")))
         assert status == 200
-        assert json.loads(text) == {"predictions": [generator.generate("ab", 30, Decoding(0.9, 3, 0.8, 5))[0]]}
+        assert json.loads(text) == {"predictions": [generator.generate("ab", 30, Decoding(**wanted))[0]]}
         for body, message in [
             ({"dataframe_records": [{"prompt": "xyz"}]}, "character 1, 'x'"),
             ({"dataframe_records": [{"text": "ab"}]}, "prompt"),

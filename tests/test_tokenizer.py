@@ -49,3 +49,11 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(UserError, match=r"t\.json: not a vocabulary"):
         Tokenizer.load(tmp_path / "t.json")
+
+
+def test_prompts_are_put_in_the_normal_form_of_the_text():
+    tokenizer = Tokenizer("abé", "NFC")
+    assert tokenizer.encode("ae\u0301b").tolist() == [0, 2, 1]
+    assert tokenizer.without_unknown("ae\u0301xb€x") == ("aéb", "x€")
+    with pytest.raises(UserError, match="character 2"):
+        Tokenizer("abé").encode("ae\u0301b")

@@ -1,0 +1,284 @@
+"""The model as it is read when it writes: the new characters alone, with keys and values of the earlier ones kept.
+
+What is computed is what GPT.forward computes at the last positions of the whole sequence, and tests hold the two
+together. Weights are packed once, in the form in which the hardware multiplies a few rows fastest.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minigpt.model import GPT, Block, Linear, Norm, activate, causal_mask, rotary_angles
+from minigpt.params import Model as Config
+from minigpt.ranks import compute_dtype
+
+Weights = Literal["float32", "bfloat16", "int8"]
+"""What the weights of linear maps are rounded to; float32 stands for the dtype that they have."""
+
+
+def choose_weights(name: str, device: torch.device) -> Weights:
+    """The weights for ``sample.dtype``: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    if name == "auto":
+        return "bfloat16" if compute_dtype("auto", device) else "float32"
+    return cast("Weights", name)
+
+
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix (out, in) to integers in [-127, 127], each row in a unit of its own.
+
+    Returns:
+        the integers, int8 (out, in), and the units (out,), bfloat16: a 127th of the row's largest magnitude.
+    """
+    units = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    integers = (weight / units.to(weight.dtype)[:, None]).round().clamp(-127, 127)
+    return integers.to(torch.int8), units
+
+
+@torch.no_grad()
+def rounded(model: GPT, weights: Weights) -> GPT:
+    """A copy of ``model`` with the weights that a :class:`Decoder` reads it with: what tells their cost in loss."""
+    result = copy.deepcopy(model)
+    for module in result.modules():
+        if isinstance(module, Linear) and weights == "int8":
+            integers, units = round_to_int8(module.weight)
+            module.weight.copy_(integers * units.to(module.weight.dtype)[:, None])
+        elif isinstance(module, Linear) and weights == "bfloat16":
+            module.weight.copy_(module.weight.bfloat16())
+    return result
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def packed(linear: Linear, weights: Weights) -> Function:
+    """The linear map as a function of few rows, (N, in) -> (N, out).
+
+    bfloat16 on a CPU is oneDNN's product with a weight in oneDNN's own layout; laid out anew in every call, it takes
+    twice as long. int8 on a CPU is a product that reads integers and multiplies in bfloat16; on a GPU, for which torch
+    has none, the rounded weights are kept in bfloat16.
+    """
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if weights == "float32":
+        return lambda x: F.linear(x, weight, bias)
+    bias = None if bias is None else bias.bfloat16()
+    if weights == "int8":
+        integers, units = round_to_int8(weight)
+        if not weight.is_cuda:
+            return by_integers(integers, units, bias)
+        weight = integers * units[:, None]
+    weight = weight.bfloat16()
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight, bias)
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+
+
+def by_integers(integers: Tensor, units: Tensor, bias: Tensor | None) -> Function:
+    """The linear map with weights integers * units; the product takes 32 inputs at a time, so zeros fill the last."""
+    missing = -integers.size(1) % 32
+    integers = F.pad(integers, (0, missing))
+
+    def apply(x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(F.pad(x, (0, missing)) if missing else x, integers, units)
+        return y if bias is None else y + bias
+
+    return apply
+
+
+def normalised(norm: Norm, dtype: torch.dtype) -> Function:
+    """The LayerNorm as a function, its scale and shift in ``dtype``."""
+    shape = (norm.size,)
+    if norm.weight is None or norm.bias is None:
+        return lambda x: F.layer_norm(x, shape)
+    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+    return lambda x: F.layer_norm(x, shape, weight, bias)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where T new characters go in a cache, and what they look at.
+
+    Attributes:
+        count: characters T.
+        first: the slot of the first.
+        begin: the slot of the earliest character that any of them looks at.
+        mask: 0 and -inf, (T, slots looked at); None where all are seen.
+        turn: cosines and sines of the rotary angles, each (T, S), the sines' first half negated; None without.
+    """
+
+    count: int
+    first: int
+    begin: int
+    mask: Tensor | None
+    turn: tuple[Tensor, Tensor] | None
+
+    def put(self, slots: Tensor, new: Tensor) -> Tensor:
+        """Write keys or values of the new characters, (B, H, T, S), to their slots; gives all that are looked at."""
+        slots.narrow(2, self.first, self.count).copy_(new)
+        return slots.narrow(2, self.begin, self.first + self.count - self.begin)
+
+
+class Layer:
+    """A transformer block over new characters."""
+
+    def __init__(self, block: Block, config: Config, weights: Weights, dtype: torch.dtype) -> None:
+        self.config = config
+        self.norm1, self.norm2 = normalised(block.norm1, dtype), normalised(block.norm2, dtype)
+        self.qkv, self.out = packed(block.attention.qkv, weights), packed(block.attention.out, weights)
+        self.up, self.down = packed(block.feed_forward.up, weights), packed(block.feed_forward.down, weights)
+
+    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+        """Residual stream (B T, C) -> (B T, C); the characters' keys and values go to the slots, (B, H, slots, S)."""
+        H, S = self.config.n_head, self.config.head_size
+        qkv = self.qkv(self.norm1(x)).view(-1, place.count, 3, H, S).permute(2, 0, 3, 1, 4)
+        qk, (v,) = qkv.to(keys.dtype).split((2, 1))  # (2, B, H, T, S) and (1, B, H, T, S)
+        if self.config.qk_norm:
+            qk = F.layer_norm(qk, (S,))
+        if place.turn:
+            cos, sin = place.turn
+            qk = torch.addcmul(qk * cos, qk.roll(S // 2, -1), sin)
+        q, k = qk.unbind()
+        y = F.scaled_dot_product_attention(q, place.put(keys, k), place.put(values, v), place.mask)
+        x = x + self.out(y.transpose(1, 2).reshape(-1, H * S).to(x.dtype))
+        return x + self.down(activate(self.up(self.norm2(x)), self.config.activation))
+
+
+class Cache:
+    """What has been read of B sequences of equal length: ids, keys and values of their last characters, in order.
+
+    Args:
+        decoder: the reader.
+        batch_size: sequences B.
+        slots: characters that fit; when more are read, those that no later one looks at make room.
+
+    Attributes:
+        length: how many characters have been read.
+    """
+
+    def __init__(self, decoder: Decoder, batch_size: int, slots: int) -> None:
+        config, device = decoder.model.config, decoder.model.embedding.weight.device
+        shape = (config.n_layer, 2, batch_size, config.n_head, slots, config.head_size)
+        self.kv = torch.zeros(shape, dtype=decoder.kv_dtype, device=device)
+        self.layers = [(layer[0], layer[1]) for layer in self.kv]
+        self.before = config.embd_conv - 1
+        self.ids = torch.empty(batch_size, self.before + slots, dtype=torch.int64, device=device)
+        self.nothing = decoder.model.vocab_size
+        self.window, self.slots = decoder.window, slots
+        self.mask = causal_mask(slots, decoder.window).to(device, decoder.kv_dtype)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids[:, : self.before] = self.nothing
+        self.length = self.used = 0
+
+    def unread(self, count: int) -> None:
+        """Forget the last ``count`` characters, at most those since room was made."""
+        self.length -= count
+        self.used -= count
+
+    def make_room(self, count: int) -> None:
+        """Free slots for ``count`` characters more, at most slots + 1 - window."""
+        if self.used + count > self.slots:
+            kept = min(self.used, self.window - 1)
+            self.kv[..., :kept, :] = self.kv[..., self.used - kept : self.used, :].clone()
+            self.ids[:, : self.before + kept] = self.ids[:, self.used - kept : self.before + self.used].clone()
+            self.used = kept
+
+    def place(self, count: int, turn: tuple[Tensor, Tensor] | None) -> Place:
+        """The place of ``count`` new characters."""
+        first, begin = self.used, max(0, self.used + 1 - self.window)
+        mask = self.mask[first - begin : first - begin + count, : first + count - begin] if count > 1 else None
+        return Place(count, first, begin, mask, turn)
+
+
+class Decoder:
+    """A model packed to read a few characters at a time.
+
+    Args:
+        model: on the device that is used; it is not changed.
+        weights: what its linear maps are rounded to. With float32, activations have the model's dtype, else bfloat16.
+
+    Attributes:
+        window: how many characters a position looks at, itself among them.
+        dtype: of activations.
+        kv_dtype: of keys and values; at least float32 on a CPU, whose attention to bfloat16 takes 3 to 7 times as long.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, weights: Weights = "float32") -> None:
+        config = model.config
+        self.model = model
+        self.window = config.attention_window or config.block_size
+        self.dtype = model.embedding.weight.dtype if weights == "float32" else torch.bfloat16
+        on_gpu = model.embedding.weight.is_cuda
+        self.kv_dtype = self.dtype if on_gpu or self.dtype != torch.bfloat16 else torch.float32
+        self.layers = [Layer(block, config, weights, self.dtype) for block in model.blocks]
+        self.norm, self.head = normalised(model.norm, self.dtype), packed(model.head, weights)
+        # One row for each character at each of the convolution's taps, the newest last, and a row of zeros for none.
+        rows = F.pad(model.embedding.weight, (0, 0, 0, 1))
+        taps = [*model.conv.flip(0), torch.ones_like(rows[0])] if config.embd_conv > 1 else [torch.ones_like(rows[0])]
+        self.table = torch.cat([rows * tap for tap in taps])
+        self.offsets = torch.arange(len(taps), device=rows.device) * len(rows)
+        self.turns = self._turns(2 * config.block_size)
+
+    def cache(self, batch_size: int, slots: int | None = None) -> Cache:
+        """An empty cache for ``batch_size`` sequences; with ``slots`` above the context, for ones longer than that."""
+        return Cache(self, batch_size, slots or self.model.config.block_size)
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, cache: Cache, predicted: int = 1) -> Tensor:
+        """Read characters and add them to the cache.
+
+        Args:
+            ids: (B, T).
+            cache: what has been read before.
+            predicted: at how many of the last positions logits are wanted.
+
+        Returns:
+            logits of what comes after each of those positions, (B, predicted, V), in at least float32.
+        """
+        B, T = ids.shape
+        cache.make_room(T)
+        place = cache.place(T, self._turn(cache.length, T))
+        x = self._embed(ids, cache)
+        for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, keys, values, place)
+        cache.length += T
+        cache.used += T
+        if predicted < T:
+            x = x.view(B, T, -1)[:, -predicted:].flatten(0, 1)
+        logits = self.head(self.norm(x)).view(B, predicted, -1)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def _embed(self, ids: Tensor, cache: Cache) -> Tensor:
+        """The residual stream's start, (B T, C): characters, their neighbours, positions."""
+        T, taps = ids.size(1), len(self.offsets)
+        cache.ids.narrow(1, cache.before + cache.used, T).copy_(ids)
+        near = cache.ids.narrow(1, cache.used, cache.before + T).unfold(1, taps, 1)  # (B, T, taps)
+        x = F.embedding(near + self.offsets, self.table).sum(2)
+        if self.model.config.positions == "learned":
+            x = x + self.model.position.weight[cache.length : cache.length + T]
+        return self.model.embd_norm(x).flatten(0, 1).to(self.dtype)
+
+    def _turn(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
+        if self.model.config.positions == "learned":
+            return None
+        while start + count > len(self.turns[0]):
+            self.turns = self._turns(2 * len(self.turns[0]))
+        cos, sin = self.turns
+        return cos[start : start + count], sin[start : start + count]
+
+    def _turns(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of rotary angles, both halves of the channels side by side, (length, S)."""
+        cos, sin = rotary_angles(self.model.config, length)
+        device = self.table.device
+        return torch.cat((cos, cos), 1).to(device, self.kv_dtype), torch.cat((-sin, sin), 1).to(device, self.kv_dtype)
