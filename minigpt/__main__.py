@@ -82,13 +82,11 @@ def main() -> None:
     prompt = prompt or "\n"
     process.settle()
     from minigpt import ranks
-    from minigpt.checkpoint import load_model
-    from minigpt.decoder import choose_weights
     from minigpt.generator import Decoding, Generator
     from minigpt.tokenizer import describe
 
-    device = ranks.choose_device(wanted.device)
-    model, tokenizer = load_model(wanted.model, device)
+    generator = Generator.load(wanted.model, ranks.choose_device(wanted.device), wanted.dtype)
+    tokenizer = generator.tokenizer
     if wanted.skip_unknown:
         prompt, unknown = tokenizer.without_unknown(prompt)
         if unknown:
@@ -97,7 +95,6 @@ def main() -> None:
         tokenizer.encode(prompt, "the prompt")
     except errors.UserError as error:
         raise errors.UserError(f"{error}; --skip-unknown leaves such characters out") from None
-    generator = Generator(model, tokenizer, choose_weights(wanted.dtype, device))
     seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
     decoding = Decoding(
         wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, wanted.repetition_penalty, wanted.stop, seed,

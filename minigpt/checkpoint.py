@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minigpt.drafts import Drafts
 from minigpt.errors import UserError
 from minigpt.files import replacing, write_json
 from minigpt.model import GPT
@@ -167,13 +168,33 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def export(folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write a trained model: model.safetensors, config.json and tokenizer.json in one folder."""
+def export(
+    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer, drafts: Drafts | None = None
+) -> None:
+    """Write a trained model: model.safetensors, config.json, tokenizer.json and drafts.safetensors in one folder."""
     with replacing(folder) as target:
         tied = {"head.weight"} if config.tied_head else set()
         _write_tensors(target / "model.safetensors", {name: weights[name] for name in weights if name not in tied})
         write_json(target / "config.json", {"vocab_size": tokenizer.vocab_size, "model": config.model_dump()})
         tokenizer.save(target / "tokenizer.json")
+        if drafts:
+            tables = {str(order): torch.from_numpy(table) for order, table in drafts.tables.items()}
+            _write_tensors(target / "drafts.safetensors", tables)
+
+
+def load_drafts(folder: Path) -> Drafts | None:
+    """The drafts of an exported model; None if it was exported without.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / "drafts.safetensors"
+    try:
+        return Drafts({int(order): table.numpy() for order, table in load_file(path).items()})
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged; without this file, all works slower: {error}") from None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt.decoder import Decoder, Weights
+from minigpt.checkpoint import load_drafts, load_model
+from minigpt.decoder import Decoder, Weights, choose_weights
+from minigpt.drafts import ORDERS, Drafts
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
+
+GUESSES = 3
+"""Characters that are read along with the last one at most."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +144,26 @@ class Generator:
         model: in evaluation mode; its device is used.
         tokenizer: the model's.
         weights: what the model's weights are rounded to.
+        drafts: what one sample alone is written faster with, on a CPU; it changes no character.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, weights: Weights = "float32") -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, weights: Weights = "float32", drafts: Drafts | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.decoder = Decoder(model, weights)
+        self.drafts = drafts
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: str = "auto") -> Generator:
+        """The exported model in ``folder``, with weights for ``sample.dtype``.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        model, tokenizer = load_model(folder, device)
+        return cls(model, tokenizer, choose_weights(dtype, device), load_drafts(folder))
 
     def generate(
         self, prompt: str, max_new_tokens: int, decoding: Decoding, samples: int = 1, name: str = "the prompt"
@@ -172,7 +192,7 @@ class Generator:
         """As :meth:`generate`, but the text as it is written: a list with the next piece of each sample."""
         texts = [Stops(decoding.stop) for _ in range(samples)]
         for ids in self._ids(prompt, max_new_tokens, decoding, samples, name):
-            characters = map(self.tokenizer.characters.__getitem__, ids.tolist())
+            characters = map(self.tokenizer.characters.__getitem__, ids)
             yield [text.add(character) for text, character in zip(texts, characters, strict=True)]
             if decoding.stop and all(text.ended for text in texts):
                 return
@@ -180,27 +200,43 @@ class Generator:
             yield [text.rest() for text in texts]
 
     @torch.inference_mode()
-    def _ids(self, prompt: str, count: int, decoding: Decoding, samples: int, name: str) -> Iterator[Tensor]:
-        """The characters, (B,) at a time."""
+    def _ids(self, prompt: str, count: int, decoding: Decoding, samples: int, name: str) -> Iterator[list[int]]:
+        """The characters one after the other, each as a list of one id per sample."""
         if not prompt:
             raise UserError(f"{name}: empty; the model needs at least one character to start from, such as a newline")
         roll = decoding.overflow == "roll"
         if roll and self.model.config.positions == "learned":
             raise UserError("overflow: roll needs rotary positions, and this model's are learned; use hop or slide")
         context, device = self.model.config.block_size, self.model.embedding.weight.device
-        read = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64)).to(device)
+        read = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64))
         draws = torch.from_numpy(uniforms(decoding.seed, samples, count)).to(device)
         text = torch.empty(samples, len(read) + count, dtype=torch.int64, device=device)
         text[:, : len(read)] = read
+        drafts = self.drafts if samples == decoding.repetition_penalty == 1 and device.type == "cpu" else None
+        last = read[-max(ORDERS) :].tolist()
         cache = self.decoder.cache(samples, context + self.decoder.window if roll else context)
-        since = 0 if roll else max(0, len(read) - context)
-        for end in range(len(read), len(read) + count):
+        since, end = 0 if roll else max(0, len(read) - context), len(read)
+        while end < text.size(1):
             if not roll and end - since > context:
                 since = end - (context if decoding.overflow == "slide" else max(1, context // 2))
                 cache.clear()
-            for start in range(since + cache.length, end, context):
-                logits = self.decoder.read(text[:, start : min(end, start + context)], cache)[:, 0]
+            guesses: list[int] = []
+            if drafts and since + cache.length == end - 1:
+                room = min(GUESSES, text.size(1) - end - 1, context if roll else since + context - end)
+                guesses = drafts.after(last, room)
+                text[0, end : end + len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
+            stop = end + len(guesses)
+            for start in range(since + cache.length, stop, context):
+                logits = self.decoder.read(text[:, start : min(stop, start + context)], cache, 1 + len(guesses))
+            logits = logits.flatten(0, 1)
             if decoding.repetition_penalty != 1:
                 logits = penalise(logits, text[:, max(0, end - context) : end], decoding.repetition_penalty)
-            text[:, end] = choose(logits, decoding, draws[:, end - len(read)])
-            yield text[:, end]
+            place = end - len(read)
+            ids = choose(logits, decoding, draws[:, place : place + 1 + len(guesses)].flatten()).view(samples, -1)
+            columns = ids.T.tolist()
+            right = next((n for n, guess in enumerate(guesses) if columns[n][0] != guess), len(guesses))
+            text[:, end : end + right + 1] = ids[:, : right + 1]
+            cache.unread(len(guesses) - right)
+            end += right + 1
+            last = [*last, *(column[0] for column in columns[: right + 1])][-max(ORDERS) :]
+            yield from columns[: right + 1]

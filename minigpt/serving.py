@@ -40,15 +40,10 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Read the exported model, an artifact of the package."""
-        from minigpt.checkpoint import load_model
-        from minigpt.decoder import choose_weights
         from minigpt.generator import Generator
         from minigpt.ranks import choose_device
 
-        device = choose_device("auto")
-        self.generator = Generator(
-            *load_model(Path(context.artifacts["model"]), device), choose_weights("auto", device)
-        )
+        self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"))
 
     def predict(
         self,

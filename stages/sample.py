@@ -14,17 +14,15 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     process.settle()
-    from minigpt import checkpoint, ranks, tracking
-    from minigpt.decoder import choose_weights
+    from minigpt import ranks, tracking
     from minigpt.generator import Decoding, Generator
 
     tracker = tracking.of_model(RESULTS / "train" / "run.json")
     sample, device = settings.sample, ranks.choose_device(settings.train.device)
-    model, tokenizer = checkpoint.load_model(MODEL, device)
-    generator = Generator(model, tokenizer, choose_weights(sample.dtype, device))
+    generator = Generator.load(MODEL, device, sample.dtype)
     names = [f"params.yaml: sample.prompts[{number}]" for number in range(len(sample.prompts))]
     for prompt, name in zip(sample.prompts, names, strict=True):
-        tokenizer.encode(prompt, name)
+        generator.tokenizer.encode(prompt, name)
 
     decoding = Decoding(**sample.model_dump(include=set(Decoding.__dataclass_fields__)))
     sections = []

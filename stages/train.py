@@ -23,6 +23,7 @@ def main() -> None:
     settings = params.load()
     process.settle()
     from minigpt import charts, checkpoint, corpus, ranks
+    from minigpt.drafts import Drafts
     from minigpt.journal import workspace
     from minigpt.tracking import Tracker
     from minigpt.trainer import HISTORY, Trainer
@@ -46,7 +47,8 @@ def main() -> None:
                 tracker.end(status, trainer.facts["resumed_at"])
                 raise
 
-            checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer)
+            guesses = Drafts.of(text.train.tokens.cpu().numpy(), text.tokenizer.vocab_size)
+            checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer, guesses)
             with replacing(RESULTS / "train") as folder:
                 with (folder / "history.csv").open("w", newline="") as file:
                     table = csv.DictWriter(file, HISTORY, lineterminator="\n")

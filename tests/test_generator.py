@@ -7,6 +7,7 @@ from conftest import params_with
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigpt.drafts import Drafts
 from minigpt.errors import UserError
 from minigpt.generator import Decoding, Generator, Stops, choose, filter_probabilities, penalise, uniforms
 from minigpt.model import GPT
@@ -68,6 +69,31 @@ def test_text_is_what_full_forward_passes_give_past_the_context_too(model, overf
             gen.generate(prompt, 50, decoding)
         return
     assert gen.generate(prompt, 80, decoding) == [plainly(gen, prompt, 80, decoding)]
+
+
+@pytest.mark.parametrize("model", [{"positions": "learned", "embd_conv": 1}, {}, {"attention_window": 5}])
+@pytest.mark.parametrize("overflow", ["hop", "slide", "roll"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_guesses_change_no_character(model, overflow, temperature):
+    gen = generator(**model)
+    if overflow == "roll" and model.get("positions") == "learned":
+        return
+    decoding = Decoding(temperature, seed=3, overflow=overflow, stop=("jj",))
+    expected = gen.generate("abcdefgh", 150, decoding)
+    own_text = gen.tokenizer.encode(expected[0] * 3)
+    gen.drafts = Drafts.of(own_text, len(CHARACTERS))  # often right, and wrong where the text branches
+    reads = count_reads(gen)
+    assert gen.generate("abcdefgh", 150, decoding) == expected
+    written = len(expected[0]) - 8
+    assert max(reads) > 1
+    assert len(reads) < 0.9 * written or overflow == "slide"
+
+
+def count_reads(gen):
+    """The lengths of what the generator's decoder reads from now on."""
+    lengths, read = [], gen.decoder.read
+    gen.decoder.read = lambda ids, *rest: lengths.append(ids.size(1)) or read(ids, *rest)
+    return lengths
 
 
 def test_a_sample_is_the_same_whatever_is_written_beside_it():
