@@ -19,6 +19,9 @@ from minigpt.model import GPT, Block, Linear, Norm, activate, causal_mask, rotar
 from minigpt.params import Model as Config
 from minigpt.ranks import compute_dtype
 
+STEPS_BEFORE_CAPTURE = 16
+"""Characters read one at a time before that is captured as a CUDA graph, which takes as long as some dozen."""
+
 Weights = Literal["float32", "bfloat16", "int8"]
 """What the weights of linear maps are rounded to; float32 stands for the dtype that they have."""
 
@@ -112,6 +115,8 @@ class Place:
         begin: the slot of the earliest character that any of them looks at.
         mask: 0 and -inf, (T, slots looked at); None where all are seen.
         turn: cosines and sines of the rotary angles, each (T, S), the sines' first half negated; None without.
+        slot: of one new character, as a tensor (1,) that may change from call to call; then all slots are looked at,
+            and the mask hides the others.
     """
 
     count: int
@@ -119,9 +124,12 @@ class Place:
     begin: int
     mask: Tensor | None
     turn: tuple[Tensor, Tensor] | None
+    slot: Tensor | None = None
 
     def put(self, slots: Tensor, new: Tensor) -> Tensor:
         """Write keys or values of the new characters, (B, H, T, S), to their slots; gives all that are looked at."""
+        if self.slot is not None:
+            return slots.index_copy_(2, self.slot, new)
         slots.narrow(2, self.first, self.count).copy_(new)
         return slots.narrow(2, self.begin, self.first + self.count - self.begin)
 
@@ -172,6 +180,8 @@ class Cache:
         self.ids = torch.empty(batch_size, self.before + slots, dtype=torch.int64, device=device)
         self.nothing = decoder.model.vocab_size
         self.window, self.slots = decoder.window, slots
+        self.step: Step | None = None
+        self.steps = 0
         self.mask = causal_mask(slots, decoder.window).to(device, decoder.kv_dtype)
         self.clear()
 
@@ -198,6 +208,58 @@ class Cache:
         first, begin = self.used, max(0, self.used + 1 - self.window)
         mask = self.mask[first - begin : first - begin + count, : first + count - begin] if count > 1 else None
         return Place(count, first, begin, mask, turn)
+
+
+class Step:
+    """Reading one character as a CUDA graph: one launch in place of some hundred, which take longer than the work.
+
+    All that changes from character to character lies in tensors that stay where they are.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+        self.decoder, self.cache = decoder, cache
+        device = cache.ids.device
+        self.ids = cache.ids[:, :1].clone()
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position = torch.zeros_like(self.slot)
+        self.turn = None if decoder.turn(0, 1) is None else tuple(part.clone() for part in decoder.turn(0, 1) or ())
+        self.columns = torch.arange(cache.slots, device=device)
+        self.taps = torch.arange(len(decoder.offsets), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def compute(self) -> Tensor:
+        """Logits (B, 1, V), from the tensors alone."""
+        cache = self.cache
+        cache.ids.index_copy_(1, self.slot + cache.before, self.ids)
+        near = cache.ids.index_select(1, self.slot + self.taps)[:, None]
+        hidden = (self.columns > self.slot) | (self.columns <= self.slot - cache.window)
+        mask = torch.zeros_like(self.columns, dtype=cache.kv.dtype).masked_fill(hidden, -torch.inf)[None]
+        place = Place(1, 0, 0, mask, cast("tuple[Tensor, Tensor] | None", self.turn), self.slot)
+        return self.decoder.compute(near, self.position, cache, place, 1)
+
+    def load(self, ids: Tensor, place: Place) -> None:
+        """Set the tensors for ids (B, 1) at ``place``."""
+        self.ids.copy_(ids)
+        self.slot.fill_(place.first)
+        self.position.fill_(self.cache.length)
+        for kept, now in zip(self.turn or (), place.turn or (), strict=True):
+            kept.copy_(now)
+
+    def replay(self, ids: Tensor, place: Place) -> Tensor:
+        """What :meth:`Decoder.read` gives for ids (B, 1) at ``place``; valid until the next call."""
+        self.load(ids, place)
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what libraries set up at their first calls must not be captured
+                    self.compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.compute()
+        self.graph.replay()
+        return self.logits
 
 
 class Decoder:
@@ -246,30 +308,39 @@ class Decoder:
         Returns:
             logits of what comes after each of those positions, (B, predicted, V), in at least float32.
         """
-        B, T = ids.shape
+        T = ids.size(1)
         cache.make_room(T)
-        place = cache.place(T, self._turn(cache.length, T))
-        x = self._embed(ids, cache)
-        for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, keys, values, place)
+        place = cache.place(T, self.turn(cache.length, T))
+        cache.steps += T == 1
+        if ids.is_cuda and T == 1 and cache.steps > STEPS_BEFORE_CAPTURE:
+            cache.step = cache.step or Step(self, cache)
+            logits = cache.step.replay(ids, place)
+        else:
+            taps = len(self.offsets)
+            cache.ids.narrow(1, cache.before + cache.used, T).copy_(ids)
+            near = cache.ids.narrow(1, cache.used, cache.before + T).unfold(1, taps, 1)
+            positions = torch.arange(cache.length, cache.length + T, device=ids.device)
+            logits = self.compute(near, positions, cache, place, predicted)
         cache.length += T
         cache.used += T
+        return logits
+
+    def compute(self, near: Tensor, positions: Tensor, cache: Cache, place: Place, predicted: int) -> Tensor:
+        """What :meth:`read` gives, from each character with those just before it, (B, T, taps), and positions (T,)."""
+        B, T, _ = near.shape
+        x = F.embedding(near + self.offsets, self.table).sum(2)
+        if self.model.config.positions == "learned":
+            x = x + F.embedding(positions, self.model.position.weight)
+        x = self.model.embd_norm(x).flatten(0, 1).to(self.dtype)
+        for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, keys, values, place)
         if predicted < T:
             x = x.view(B, T, -1)[:, -predicted:].flatten(0, 1)
         logits = self.head(self.norm(x)).view(B, predicted, -1)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
-    def _embed(self, ids: Tensor, cache: Cache) -> Tensor:
-        """The residual stream's start, (B T, C): characters, their neighbours, positions."""
-        T, taps = ids.size(1), len(self.offsets)
-        cache.ids.narrow(1, cache.before + cache.used, T).copy_(ids)
-        near = cache.ids.narrow(1, cache.used, cache.before + T).unfold(1, taps, 1)  # (B, T, taps)
-        x = F.embedding(near + self.offsets, self.table).sum(2)
-        if self.model.config.positions == "learned":
-            x = x + self.model.position.weight[cache.length : cache.length + T]
-        return self.model.embd_norm(x).flatten(0, 1).to(self.dtype)
-
-    def _turn(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
+    def turn(self, start: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """The rotary angles of characters ``start`` to ``start + count - 1``, as in :class:`Place`."""
         if self.model.config.positions == "learned":
             return None
         while start + count > len(self.turns[0]):

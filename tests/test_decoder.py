@@ -3,7 +3,7 @@ import torch
 from conftest import params_with
 from test_model import build, variants
 
-from minigpt.decoder import Decoder, choose_weights, packed, round_to_int8, rounded
+from minigpt.decoder import Decoder, Step, choose_weights, packed, round_to_int8, rounded
 from minigpt.model import GPT, Linear
 
 CLASSIC = {
@@ -100,3 +100,37 @@ def test_the_weights_that_are_chosen():
     cpu = torch.device("cpu")
     assert choose_weights("auto", cpu) in ("bfloat16", "float32")
     assert choose_weights("int8", cpu) == "int8"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_from_tensors_alone_gives_the_same_logits(architecture):
+    gpt = model(**architecture).double()
+    decoder, ids = Decoder(gpt), torch.randint(0, 11, (2, 40))
+    slots = 16 + decoder.window if architecture.get("positions") != "learned" else 16
+    one, other = decoder.cache(2, slots), decoder.cache(2, slots)
+    step = Step(decoder, other)
+    for cache in (one, other):
+        decoder.read(ids[:, :3], cache)
+    for number in range(3, 40 if slots > 16 else 16):
+        ids_now = ids[:, number : number + 1]
+        expected = decoder.read(ids_now, one)
+        other.make_room(1)
+        step.load(ids_now, other.place(1, decoder.turn(other.length, 1)))
+        with torch.inference_mode():
+            logits = step.compute()
+        other.length += 1
+        other.used += 1
+        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_on_a_gpu_through_a_graph_gives_what_the_model_predicts(architecture, weights):
+    gpt, ids = model(block_size=64, **architecture).cuda(), torch.randint(0, 11, (3, 64)).cuda()
+    decoder, same = Decoder(gpt, weights), rounded(gpt, weights)
+    cache = decoder.cache(3)
+    logits = torch.cat([decoder.read(one, cache).clone() for one in ids.split(1, 1)], 1)
+    exact = same(ids)
+    assert cache.step is not None
+    assert (logits - exact).abs().max() < (0.001 if weights == "float32" else 0.05) * exact.abs().max()
