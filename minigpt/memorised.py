@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt.corpus import Corpus
+
 CHUNK = 1 << 20
 """Characters of the training text that are searched at a time; more where a written text is longer."""
 
@@ -37,7 +39,7 @@ def memorised(texts: list[Ids], train: Ids) -> list[Memorised]:
     """Search the training text for what was written.
 
     Args:
-        texts: ids of what was written, each of shape (m,).
+        texts: at least one, ids of what was written, each of shape (m,).
         train: ids of the training text, shape (n,); a memory map may be longer than the memory.
     """
     ends = np.cumsum([len(text) + 1 for text in texts])
@@ -55,6 +57,40 @@ def memorised(texts: list[Ids], train: Ids) -> list[Memorised]:
         of = max(0, len(text) - GRAM + 1)
         found.append(Memorised(int(own.argmax()), int(own.max()), int((own >= GRAM).sum()), of))
     return found
+
+
+def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What of written texts stands in the training split, beside what of as much held-out text does.
+
+    Args:
+        written: prompts, and texts that begin with them; the prompts do not count as written.
+        corpus: what the writer was trained on.
+
+    Returns:
+        a row for each text, with the longest run itself, and a summary.
+    """
+    train, val = corpus.train.tokens.numpy(force=True), corpus.val.tokens.numpy(force=True)
+    texts = [text[len(prompt) :] for prompt, text in written]
+    begins = np.linspace(0, max(0, len(val) - max(map(len, texts))), len(texts)).astype(int)
+    held_out = [val[begin : begin + len(text)] for begin, text in zip(begins, texts, strict=True)]
+    found = memorised([*(corpus.tokenizer.encode(text) for text in texts), *held_out], train)
+    rows = [
+        {
+            "prompt": prompt,
+            "text": number,
+            "characters": len(text),
+            "longest_run": one.length,
+            "share_of_8_grams": one.grams / max(1, one.of),
+            "run": text[one.start : one.start + one.length],
+        }
+        for number, ((prompt, _), text, one) in enumerate(zip(written, texts, found, strict=False), 1)
+    ]
+    return rows, {"memorised": _summary(found[: len(texts)]), "held_out": _summary(found[len(texts) :])}
+
+
+def _summary(found: list[Memorised]) -> dict[str, float]:
+    shared, of = sum(one.grams for one in found), sum(one.of for one in found)
+    return {"longest_run": max(one.length for one in found), "share_of_8_grams": shared / max(1, of)}
 
 
 def _matches(written: Ids, read: Ids, n_characters: int) -> Ids:

@@ -81,6 +81,7 @@ def score(
     stride: int | None = None,
     max_chars: int | None = None,
     ranks: Ranks | None = None,
+    *,
     watch: Callable[[Sweep, Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Score every target of ``split`` once, without dropout.
