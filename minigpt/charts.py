@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INK, TRAIN, VAL = "#22223b", "#9a8c98", "#c1440e"
 
-NAMED = 40
+NAMED = 100
 """Characters that have their name beside them in a picture, the most frequent."""
 
 
@@ -109,6 +109,7 @@ def _characters(axes: Axes, report: Report) -> None:
 def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
