@@ -54,7 +54,7 @@ def main() -> None:
         if SURE * val.standard_error > COARSE * val.loss:
             print(
                 f"minigpt: the validation split is short: {val.count:,} characters tell the loss on such text to "
-                f"+-{SURE * val.standard_error:.2g} nats (95 %); smaller differences between models mean nothing"
+                f"+-{SURE * val.standard_error:.2g} nats (95 %); smaller differences between models may be chance"
             )
     stride = settings.evaluate.stride or model.config.block_size // 2
     overlapping = score(model, text.val, stride)
@@ -67,7 +67,9 @@ def main() -> None:
     }
 
     train = score(model, text.train, max_chars=settings.evaluate.train_chars)
-    metrics["train"] = figures("train", train) | {"split_characters": train.of, "sampling_error": train.sampling_error}
+    metrics["train"] = figures("train", train) | {"split_characters": train.of}
+    if train.count == train.of or train.windows > 1:
+        metrics["train"]["sampling_error"] = train.sampling_error
     if train.count < train.of:
         print(f"minigpt: a sample of train's {train.of:,} characters; standard error {train.sampling_error:.2g} nats")
 
