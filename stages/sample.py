@@ -40,9 +40,7 @@ def main() -> None:
         write_csv(folder / "memorised.csv", rows)
         write_json(folder / "metrics.json", metrics)
     print(f"minigpt: {len(sections)} texts of {sample.max_new_tokens:,} characters in {written}")
-    print(
-        f"minigpt: the longest run copied from the training text has {metrics['memorised']['longest_run']} characters"
-    )
+    print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
     tracker.journal.artifact(written.parent)
     tracker.stage("sample", params.flatten(sample, "sample."), params.flatten(metrics))
 
