@@ -16,7 +16,7 @@ from stages import MODEL, PREPARED, RESULTS
 SURE = 1.96
 """Standard errors to either side of a loss that the true one is within, 95 times of 100."""
 
-COARSE = 0.02
+COARSE = 0.01
 """From this share of the loss on, what is uncertain of it is said in words."""
 
 
