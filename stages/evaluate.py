@@ -16,8 +16,8 @@ from stages import MODEL, PREPARED, RESULTS
 SURE = 1.96
 """Standard errors to either side of a loss that the true one is within, 95 times of 100."""
 
-COARSE = 0.01
-"""From this share of the loss on, what is uncertain of it is said in words."""
+COARSE, SHORT = 0.01, 10_000
+"""What is uncertain of a loss is said in words from this share of it on, and for splits of fewer characters."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     metrics = {"val": figures("val", val)}
     if val.windows > 1:
         metrics["val"]["standard_error"] = val.standard_error
-        if SURE * val.standard_error > COARSE * val.loss:
+        if val.count < SHORT or SURE * val.standard_error > COARSE * val.loss:
             print(
                 f"minigpt: the validation split is short: {val.count:,} characters tell the loss on such text to "
                 f"+-{SURE * val.standard_error:.2g} nats (95 %); smaller differences between models may be chance"
