@@ -53,7 +53,7 @@ class Score:
         """Of the loss, in nats, as an estimate for all text of the split's kind; nan for less than two windows.
 
         That of a ratio of sums over windows taken to be independent (Cochran 1977, eq. 6.4): characters within a
-        window depend on each other as they may.
+        window depend on each other as they may. It is too small where windows are shorter than what a text keeps to.
         """
         if self.windows < 2:
             return math.nan
