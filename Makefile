@@ -23,6 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minigpt: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	@$(VENV)/bin/python -m minigpt.page
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -1,10 +1,19 @@
-"""Pictures of a training, for the tracked run and for people."""
+"""Pictures of a training and of its evaluation, for the tracked run and for people."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from minigpt.report import Report
 
 INK, TRAIN, VAL = "#22223b", "#9a8c98", "#c1440e"
+
+NAMED = 100
+"""Characters that have their name beside them in a picture, the most frequent."""
 
 
 def loss(history: list[dict[str, float]], title: str, target: Path) -> None:
@@ -32,8 +41,81 @@ def loss(history: list[dict[str, float]], title: str, target: Path) -> None:
         ha="right",
         color=INK,
     )
-    axes.set(title=title, xlabel="step", ylabel="nats per character")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    _dress(axes, title, "step", "nats per character")
     axes.legend(frameon=False)
     figure.savefig(target, dpi=150)
+
+
+def evaluation(report: Report, compared: list[dict[str, Any]], title: str, target: Path) -> None:
+    """Draw the tables of an evaluation.
+
+    Args:
+        report: of the validation split.
+        compared: rows with ``model`` and ``loss``; the first is the model of the report.
+        title: stands above.
+        target: a file name; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    grid = figure.add_gridspec(2, 3)
+    pairs = [{**row, "pair": f"{_drawn(row['target'])} as {_drawn(row['guess'])}"} for row in report.confusions()[:15]]
+    _bars(figure.add_subplot(grid[0, 0]), compared, "model", "loss", title="Beside counting, nats", form="{:.3f}")
+    _positions(figure.add_subplot(grid[0, 1]), report)
+    _calibration(figure.add_subplot(grid[0, 2]), report)
+    _characters(figure.add_subplot(grid[1, :2]), report)
+    _bars(figure.add_subplot(grid[1, 2]), pairs, "pair", "count", title="Most confused pairs, times", form="{:,}")
+    figure.savefig(target, dpi=120)
+
+
+def _bars(axes: Axes, rows: list[dict[str, Any]], name: str, value: str, *, title: str, form: str) -> None:
+    values = [row[value] for row in rows]
+    colors = [VAL, *[TRAIN] * (len(rows) - 1)] if name == "model" else TRAIN
+    bars = axes.barh(range(len(rows)), values, color=colors)
+    axes.bar_label(bars, [f" {form.format(number)}" for number in values], color=INK, fontsize=8)
+    axes.set_yticks(range(len(rows)), [row[name] for row in rows], parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    _dress(axes, title, "", "")
+
+
+def _positions(axes: Axes, report: Report) -> None:
+    rows = report.positions()
+    axes.plot([row["position"] for row in rows], [row["loss"] for row in rows], color=VAL, linewidth=1)
+    axes.set_xscale("log")
+    _dress(axes, "Loss by position", "characters of context", "nats per character")
+
+
+def _calibration(axes: Axes, report: Report) -> None:
+    rows = report.calibration()
+    axes.plot([0, 1], [0, 1], color=TRAIN, linestyle=":")
+    axes.plot([row["predicted"] for row in rows], [row["observed"] for row in rows], "o-", color=VAL)
+    title = f"Calibration: error {report.calibration_error:.4f}"
+    _dress(axes, title, "probability of the likeliest character", "how often it came")
+
+
+def _characters(axes: Axes, report: Report) -> None:
+    rows = report.characters()
+    axes.scatter([row["count"] for row in rows], [row["loss"] for row in rows], color=TRAIN, s=8)
+    for row in rows[:NAMED]:
+        name = _drawn(row["character"])
+        place = (row["count"], row["loss"])
+        axes.annotate(name, place, (2, 2), textcoords="offset points", color=INK, parse_math=False)
+    axes.set_xscale("log")
+    _dress(axes, "Loss by character", "how often it occurs", "nats")
+
+
+def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _drawn(name: str) -> str:
+    """``name``, or the code point of its last character where matplotlib's font lacks one."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return name if all(ord(character) in known for character in name) else f"U+{ord(name[-1]):04X}"

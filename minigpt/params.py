@@ -112,6 +112,7 @@ class Evaluate(Section):
     """How the trained model is scored; owned by the stage evaluate."""
 
     stride: CountOrZero
+    train_chars: Count
 
 
 class Sample(Section):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.corpus import Split
+from minigpt.corpus import Split, Sweep
 from minigpt.model import GPT
 from minigpt.ranks import Ranks
 
@@ -21,10 +22,16 @@ class Score:
     Attributes:
         nats: the sum of -ln p over the characters.
         count: how many characters were scored.
+        of: how many the split has to score.
+        windows: how many windows they were scored in.
+        squares: over the windows, the sum of (their nats - loss * their characters)^2.
     """
 
     nats: float
     count: int
+    of: int
+    windows: int
+    squares: float
 
     @property
     def loss(self) -> float:
@@ -41,6 +48,26 @@ class Score:
         """exp(loss): how many equally likely characters it was like choosing from."""
         return math.exp(self.loss)
 
+    @property
+    def standard_error(self) -> float:
+        """Of the loss, in nats, as an estimate for all text of the split's kind; nan for less than two windows.
+
+        That of a ratio of sums over windows taken to be independent (Cochran 1977, eq. 6.4): characters within a
+        window depend on each other as they may. It is too small where windows are shorter than what a text keeps to.
+        """
+        if self.windows < 2:
+            return math.nan
+        return math.sqrt(self.windows / (self.windows - 1) * self.squares) / self.count
+
+    @property
+    def sampling_error(self) -> float:
+        """Of the loss, in nats, as an estimate for the split: 0 where all of it was scored.
+
+        The standard error with the finite population correction. Windows spread evenly are taken as drawn at random,
+        which seldom flatters them.
+        """
+        return 0.0 if self.count == self.of else self.standard_error * math.sqrt(1 - self.count / self.of)
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Nats of ``targets`` (B, T) under ``logits`` (B, T, V): their mean, or with reduction "none" each, (B * T,)."""
@@ -54,6 +81,8 @@ def score(
     stride: int | None = None,
     max_chars: int | None = None,
     ranks: Ranks | None = None,
+    *,
+    watch: Callable[[Sweep, Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Score every target of ``split`` once, without dropout.
 
@@ -63,18 +92,26 @@ def score(
         stride: characters between windows of the model's context; None for no overlap.
         max_chars: of a longer split, score about this many characters, spread evenly.
         ranks: processes that share the work; all get the whole result.
+        watch: told of each part that this process scores: windows, logits (B, T, V), and nats (B, T).
     """
     training = model.training
     model.eval()
     block_size = model.config.block_size
-    totals = torch.zeros(2, dtype=torch.float64, device=split.tokens.device)
+    totals = torch.zeros(6, dtype=torch.float64, device=split.tokens.device)
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     for part in split.sweep(block_size, stride or block_size, max_chars, share):
-        nats = cross_entropy(model(part.ids), part.targets, reduction="none").view(part.targets.shape)
-        counted = nats[:, part.skip :].double()
-        totals += torch.stack([counted.sum(), torch.full_like(totals[0], counted.numel())])
+        logits = model(part.ids)
+        nats = cross_entropy(logits, part.targets, reduction="none").view(part.targets.shape)
+        sums = nats[:, part.skip :].double().sum(1)
+        lengths = torch.full_like(sums, nats.size(1) - part.skip)
+        products = (sums, lengths, sums * sums, sums * lengths, lengths * lengths, torch.ones_like(sums))
+        totals += torch.stack(products).sum(1)
+        if watch:
+            watch(part, logits, nats)
     if ranks:
         ranks.sum(totals)
     model.train(training)
-    nats_sum, count = totals.tolist()
-    return Score(nats_sum, int(count))
+    nats_sum, count, nats_squared, mixed, count_squared, windows = totals.tolist()
+    loss = nats_sum / count
+    squares = max(0.0, nats_squared - 2 * loss * mixed + loss * loss * count_squared)
+    return Score(nats_sum, int(count), len(split) - 1, int(windows), squares)

@@ -22,7 +22,11 @@ def main() -> None:
     """
     settings = params.load()
     train, scores = _json("train/metrics.json"), _json("evaluate/metrics.json")
-    val = scores["val"]
+    val, baselines, written = scores["val"], scores["baselines"], _json("sample/metrics.json")
+    counts, best = min((loss, name) for name, loss in baselines.items() if name != "characters")
+    side = "better" if val["loss"] < counts else "worse"
+    error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
+    copied, held_out = written["memorised"], written["held_out"]
     with (RESULTS / "train" / "history.csv").open(newline="") as file:
         first = float(next(csv.DictReader(file))["val_loss"])
     sample = (RESULTS / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")
@@ -32,14 +36,18 @@ def main() -> None:
   {settings.data.source}: {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
   validation loss   {val["loss"]:.4f} nats, {val["bits_per_character"]:.4f} bits per character
-                    exact over {val["characters"]:,} characters; before training {first:.4f} nats
+                    exact over {val["characters"]:,} characters{error}; before training {first:.4f} nats
   training loss     {scores["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
+  by counting       {counts:.4f} nats, a {best}: the model is {abs(counts - val["loss"]):.4f} {side}
+  calibration       off by {val["calibration_error"]:.4f}; {val["accuracy"]:.1%} of likeliest characters came
+  copied            at most {copied["longest_run"]} characters in a row; {copied["share_of_8_grams"]:.0%} of runs of 8
+                    (text held out from training: {held_out["longest_run"]}; {held_out["share_of_8_grams"]:.0%})
 
 {textwrap.indent(chr(10).join(shown), "  | ")}
 
   model     {MODEL}/
   sample    {RESULTS}/sample/samples.txt
-  figures   {RESULTS}/evaluate/metrics.json, {RESULTS}/train/history.csv
+  figures   {RESULTS}/evaluate/metrics.json, {RESULTS}/train/history.csv; as charts: dvc plots show
   runs      mlflow.db
 
   next      source .venv/bin/activate

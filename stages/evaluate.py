@@ -1,21 +1,35 @@
-"""Score the trained model on every character of both splits.
+"""Score the trained model on every character, beside models that only count, and say where its loss comes from.
 
-python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/metrics.json
+python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/{metrics.json,*.csv}
 """
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
 from minigpt import errors, params, process
-from minigpt.files import replacing, write_json
+from minigpt.files import replacing, write_csv, write_json
 from stages import MODEL, PREPARED, RESULTS
+
+SURE = 1.96
+"""Standard errors to either side of a loss that the true one is within, 95 times of 100."""
+
+COARSE, SHORT = 0.01, 10_000
+"""What is uncertain of a loss is said in words from this share of it on, and for splits of fewer characters."""
 
 
 def main() -> None:
     """Run the stage."""
     settings = params.load()
     process.settle()
-    from minigpt import checkpoint, corpus, ranks, tracking
-    from minigpt.score import score
+    import torch
+
+    from minigpt import baselines, charts, checkpoint, corpus, ranks, tracking
+    from minigpt.decoder import Weights, rounded
+    from minigpt.report import Report
+    from minigpt.score import Score, score
 
     tracker = tracking.of_model(RESULTS / "train" / "run.json")
     device = ranks.choose_device(settings.train.device)
@@ -25,25 +39,71 @@ def main() -> None:
     if text.tokenizer.characters != tokenizer.characters:
         raise errors.UserError(f"{MODEL}: trained on another vocabulary than that of {PREPARED}; `dvc repro train`")
 
-    stride = settings.evaluate.stride or model.config.block_size // 2
-    metrics = {}
-    for name, split in (("val", text.val), ("train", text.train)):
-        whole = score(model, split)
-        metrics[name] = {
-            "loss": whole.loss,
-            "bits_per_character": whole.bits,
-            "perplexity": whole.perplexity,
-            "characters": whole.count,
+    def figures(name: str, scored: Score) -> dict[str, Any]:
+        bits, count = scored.bits, scored.count
+        print(f"minigpt: {name}: {scored.loss:.4f} nats, {bits:.4f} bits per character, {count:,} characters")
+        return {
+            "loss": scored.loss,
+            "bits_per_character": bits,
+            "perplexity": scored.perplexity,
+            "characters": count,
         }
-        print(
-            f"minigpt: {name}: {whole.loss:.4f} nats, {whole.bits:.4f} bits per character, {whole.count:,} characters"
-        )
-    overlapping = score(model, text.val, stride)
-    metrics["val"] |= {"stride": stride, "loss_at_stride": overlapping.loss}
-    print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
 
-    with replacing(RESULTS / "evaluate") as folder:
+    report = Report(model.config.block_size, tokenizer, device)
+    val = score(model, text.val, watch=report.add)
+    metrics = {"val": figures("val", val)}
+    if val.windows > 1:
+        metrics["val"]["standard_error"] = val.standard_error
+        if val.count < SHORT or SURE * val.standard_error > COARSE * val.loss:
+            print(
+                f"minigpt: the validation split is short: {val.count:,} characters tell the loss on such text to "
+                f"+-{SURE * val.standard_error:.2g} nats (95 %); smaller differences between models may be chance"
+            )
+    stride = settings.evaluate.stride or model.config.block_size // 2
+    overlapping = score(model, text.val, stride)
+    print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
+    metrics["val"] |= {
+        "stride": stride,
+        "loss_at_stride": overlapping.loss,
+        "accuracy": report.accuracy,
+        "calibration_error": report.calibration_error,
+    }
+
+    # What the model is made of when it writes: its weights rounded, its activations in what the hardware multiplies.
+    by_weights = {}
+    for weights in get_args(Weights):
+        variant = rounded(model, weights)
+        variant.compute_dtype = None if weights == "float32" else ranks.compute_dtype("auto", device)
+        same = weights == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
+        by_weights[weights] = val.loss if same else score(variant, text.val).loss
+    metrics["val"]["loss_by_weights"] = by_weights
+    costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
+    print(f"minigpt: val with rounded weights, against float32 throughout: {', '.join(costs)} nats")
+
+    train = score(model, text.train, max_chars=settings.evaluate.train_chars)
+    metrics["train"] = figures("train", train) | {"split_characters": train.of}
+    if train.count == train.of or train.windows > 1:
+        metrics["train"]["sampling_error"] = train.sampling_error
+    if train.count < train.of:
+        print(f"minigpt: a sample of train's {train.of:,} characters; standard error {train.sampling_error:.2g} nats")
+
+    ids = [split.tokens.numpy(force=True) for split in (text.train, text.val)]
+    counted = baselines.losses(ids[0], ids[1], tokenizer.vocab_size)
+    metrics["baselines"] = counted | {"characters": min(len(text.train), baselines.COUNTED)}
+    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in counted.items()) + " nats")
+
+    written = RESULTS / "evaluate"
+    with replacing(written) as folder:
+        report.write(folder)
+        compared = [{"model": name, "loss": loss} for name, loss in ({"this model": val.loss} | counted).items()]
+        write_csv(folder / "baselines.csv", compared)
         write_json(folder / "metrics.json", metrics)
+    tracker.journal.artifact(written)
+    with tempfile.TemporaryDirectory() as temporary:
+        chart = Path(temporary) / "evaluation.png"
+        tracker.attempt("evaluation chart", lambda: charts.evaluation(report, compared, settings.data.source, chart))
+        if chart.exists():
+            tracker.journal.artifact(chart, written.name)
     tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), params.flatten(metrics))
 
 

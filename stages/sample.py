@@ -1,20 +1,20 @@
 """Write text with the trained model.
 
-python -m stages.sample        models/gpt -> results/sample/samples.txt
+python -m stages.sample        models/gpt, data/prepared -> results/sample/{samples.txt,memorised.csv,metrics.json}
 """
 
 from __future__ import annotations
 
 from minigpt import errors, params, process
-from minigpt.files import replacing
-from stages import MODEL, RESULTS
+from minigpt.files import replacing, write_csv, write_json
+from stages import MODEL, PREPARED, RESULTS
 
 
 def main() -> None:
     """Run the stage."""
     settings = params.load()
     process.settle()
-    from minigpt import ranks, tracking
+    from minigpt import corpus, memorised, ranks, tracking
     from minigpt.generator import Decoding, Generator
 
     tracker = tracking.of_model(RESULTS / "train" / "run.json")
@@ -25,18 +25,23 @@ def main() -> None:
         generator.tokenizer.encode(prompt, name)
 
     decoding = Decoding(**sample.model_dump(include=set(Decoding.__dataclass_fields__)))
-    sections = []
+    sections, pairs = [], []
     for prompt, name in zip(sample.prompts, names, strict=True):
         texts = generator.generate(prompt, sample.max_new_tokens, decoding, sample.num_samples, name)
         for number, text in enumerate(texts, 1):
             sections.append(f"===== prompt {prompt!r}, sample {number} =====\n{text}\n")
+            pairs.append((prompt, text))
+    rows, metrics = memorised.compare(pairs, corpus.load(PREPARED))
 
     written = RESULTS / "sample" / "samples.txt"
     with replacing(written.parent) as folder:
         (folder / written.name).write_text("\n".join(sections), encoding="utf-8")
+        write_csv(folder / "memorised.csv", rows)
+        write_json(folder / "metrics.json", metrics)
     print(f"minigpt: {len(sections)} texts of at most {sample.max_new_tokens:,} characters in {written}")
-    tracker.journal.artifact(written, "sample")
-    tracker.stage("sample", params.flatten(sample, "sample."), {})
+    print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
+    tracker.journal.artifact(written.parent)
+    tracker.stage("sample", params.flatten(sample, "sample."), params.flatten(metrics))
 
 
 if __name__ == "__main__":

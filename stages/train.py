@@ -8,13 +8,12 @@ Killed at any moment, it goes on from its last checkpoint when it is run again.
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 from minigpt import errors, params, process
-from minigpt.files import replacing, write_json
+from minigpt.files import replacing, write_csv, write_json
 from stages import MODEL, PREPARED, RESULTS
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     from minigpt.drafts import Drafts
     from minigpt.journal import workspace
     from minigpt.tracking import Tracker
-    from minigpt.trainer import HISTORY, Trainer
+    from minigpt.trainer import Trainer
 
     with ranks.join(settings.train.device, settings.train.grad_accum) as job:
         text = corpus.load(PREPARED, job.device)
@@ -50,10 +49,7 @@ def main() -> None:
             guesses = Drafts.of(text.train.tokens.cpu().numpy(), text.tokenizer.vocab_size)
             checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer, guesses)
             with replacing(RESULTS / "train") as folder:
-                with (folder / "history.csv").open("w", newline="") as file:
-                    table = csv.DictWriter(file, HISTORY, lineterminator="\n")
-                    table.writeheader()
-                    table.writerows(outcome.history)
+                write_csv(folder / "history.csv", outcome.history)
                 write_json(folder / "metrics.json", outcome.metrics)
                 write_json(folder / "run.json", {"run": tracker.journal.key})
 

@@ -1,4 +1,12 @@
+import warnings
+
+import matplotlib
+import torch
+
 from minigpt import charts
+from minigpt.corpus import Sweep
+from minigpt.report import Report
+from minigpt.tokenizer import Tokenizer
 
 
 def test_the_loss_is_drawn(tmp_path):
@@ -8,3 +16,25 @@ def test_the_loss_is_drawn(tmp_path):
     assert "<svg" in drawn
     charts.loss(history, "another", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_an_evaluation_are_drawn_in_any_script(tmp_path):
+    report = Report(4, Tokenizer("\n $_a\u0915\u093f\u4e00"), "cpu")
+    targets = torch.randint(8, (50, 4), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(50, 4, 8, generator=torch.Generator().manual_seed(1))
+    report.add(Sweep(targets, targets, 0), logits, -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0])
+    rows = [{"model": "this model", "loss": 1.5}, {"model": "uniform", "loss": 2.0}]
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
+        warnings.simplefilter("error")  # matplotlib warns of glyphs that its font lacks
+        charts.evaluation(report, rows, "a $title_ of$", tmp_path / "evaluation.svg")
+    drawn = (tmp_path / "evaluation.svg").read_text()
+    for text in (
+        "this model",
+        "1.500",
+        f"error {report.calibration_error:.4f}",
+        "newline",
+        "a $title_ of$",
+        "U+0915",
+        "U+093F",
+    ):
+        assert text in drawn, text

@@ -1,3 +1,4 @@
+import csv
 import os
 import signal
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from minigpt.files import replacing
+from minigpt.files import replacing, write_csv
 
 
 def content(folder):
@@ -47,3 +48,12 @@ def test_a_kill_leaves_the_old_one_and_the_next_try_clears_up(tmp_path):
         (folder / "a.txt").write_text("new")
     assert content(tmp_path / "out") == {"a.txt": "new"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_csv_keeps_every_character(tmp_path):
+    rows = [{"run": 'a "b",\n\u0915\u093f', "count": 1}, {"run": "", "count": 2}]
+    write_csv(tmp_path / "table.csv", rows)
+    with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == [{**row, "count": str(row["count"])} for row in rows]
+    write_csv(tmp_path / "empty.csv", [])
+    assert not (tmp_path / "empty.csv").read_text().strip()

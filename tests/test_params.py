@@ -48,6 +48,7 @@ def test_reference_is_the_published_system():
         ({"train": {"grad_accum": 5}}, "train.grad_accum: must divide batch_size"),
         ({"train": {"beta1": 1}}, "train.beta1: must be less than 1"),
         ({"evaluate": {"stride": 10_000}}, "evaluate: its stride must be at most model.block_size"),
+        ({"evaluate": {"train_chars": 0}}, "evaluate.train_chars: must be at least 1, got 0"),
         ({"sample": {"prompts": []}}, "sample.prompts: must not be empty"),
         ({"sample": {"prompts": [3]}}, "sample.prompts.0: expected a text, got 3"),
         ({"data": {"val_fraction": 1.0}}, "data.val_fraction: must be less than 1"),

@@ -14,23 +14,11 @@ from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_pa
 
 FULL = os.environ.get("TORTURE") == "full"
 CORE = [
-    "errors",
-    "files",
-    "params",
-    "tokenizer",
-    "corpus",
-    "ranks",
-    "model",
-    "optimizer",
-    "score",
-    "drafts",
-    "checkpoint",
-    "decoder",
-    "generator",
-    "trainer",
+    *("errors", "files", "params", "tokenizer", "corpus", "baselines", "memorised", "ranks", "model", "optimizer"),
+    *("score", "report", "drafts", "checkpoint", "decoder", "generator", "trainer"),
 ]
 ORDER = [*CORE, "journal", "machine", "tracking", "serving", "dagshub"]
-CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", *ORDER[len(CORE) :], "charts", "process"}
+CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", *ORDER[len(CORE) :], "charts", "page", "process"}
 
 
 def imports(path):
@@ -59,13 +47,8 @@ def test_imports_go_one_way():
     for name in ORDER:
         later = ORDER[ORDER.index(name) :]
         assert not imports(ROOT / f"minigpt/{name}.py") & set(later), name
-    assert {path.stem for path in (ROOT / "minigpt").glob("*.py")} == {
-        *ORDER,
-        "__init__",
-        "__main__",
-        "charts",
-        "process",
-    }
+    apart = {"__init__", "__main__", "charts", "page", "process"}
+    assert {path.stem for path in (ROOT / "minigpt").glob("*.py")} == {*ORDER, *apart}
 
 
 def test_the_core_needs_neither_mlflow_nor_dvc():
@@ -147,7 +130,9 @@ def test_one_command_makes_everything(repository):
     assert stages_run(printed) == ["prepare", "train", "evaluate", "sample"]
     for name in (
         "data/prepared/train.npy", "models/gpt/model.safetensors", "results/train/metrics.json",
-        "results/evaluate/metrics.json", "results/sample/samples.txt",
+        "results/evaluate/metrics.json", "results/evaluate/positions.csv", "results/evaluate/characters.csv",
+        "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
+        "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
     ):  # fmt: skip
         assert (folder / name).stat().st_size, name
     with (folder / "results/train/history.csv").open() as file:
@@ -171,12 +156,38 @@ def test_one_command_makes_everything(repository):
     assert run.tags["throughput"].endswith("characters/s")
     assert found[0].inputs.dataset_inputs[0].dataset.name == "songs.txt"
     files = {file.path for file in client.list_artifacts(found[0].info.run_id)}
-    assert {"model", "sample", "train", "params.yaml", "dvc.lock"} <= files
+    assert {"model", "sample", "evaluate", "train", "params.yaml", "dvc.lock"} <= files
     drawn = {file.path for file in client.list_artifacts(found[0].info.run_id, "train")}
     assert drawn == {"train/history.csv", "train/loss.png"}
+    shown = {file.path for file in client.list_artifacts(found[0].info.run_id, "evaluate")}
+    assert {f"evaluate/{name}" for name in ("evaluation.png", "characters.csv", "metrics.json")} <= shown
+    assert run.metrics["evaluate.baselines.6-gram"] == scores["baselines"]["6-gram"]
+    assert {"evaluate.val.calibration_error", "sample.memorised.longest_run"} <= set(run.metrics)
 
     summed = python("-m", "stages", cwd=folder)
     assert f"{scores['val']['loss']:.4f} nats" in summed.stdout
+    assert f"{scores['baselines']['5-gram']:.4f} nats, a 5-gram" in summed.stdout
+
+
+def test_the_evaluation_says_what_its_figures_are_worth(repository):
+    folder, printed = repository
+    scores = json.loads((folder / "results/evaluate/metrics.json").read_text())
+    val, train, baselines = scores["val"], scores["train"], scores["baselines"]
+    assert re.search(r"the validation split is short: 1,912 characters .* \+-0\.\d+ nats", printed)
+    assert 0.001 < val["standard_error"] < 0.2
+    assert 0 < val["calibration_error"] < 1
+    assert (train["characters"], train["sampling_error"]) == (train["split_characters"], 0)
+    assert baselines["characters"] == train["characters"] + 1
+    assert baselines["uniform"] > baselines["unigram"] > baselines["2-gram"] > baselines["3-gram"] > 1.5
+    with (folder / "results/evaluate/characters.csv").open(encoding="utf-8", newline="") as file:
+        assert sum(int(row["count"]) for row in csv.DictReader(file)) == val["characters"]
+    with (folder / "results/sample/memorised.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    text = (folder / "data/songs.txt").read_text(encoding="utf-8")
+    written = (folder / "results/sample/samples.txt").read_text(encoding="utf-8")
+    assert row["run"] in text
+    assert row["run"] in written
+    assert len(row["run"]) == int(row["longest_run"])
 
 
 def test_again_nothing_runs(repository):
@@ -195,6 +206,7 @@ def change(folder, path, old, new):
         ("params.yaml", "temperature: 0.8", "temperature: 0.7", ["sample"]),
         ("minigpt/generator.py", "\nfrom __future__", "\n# a comment\nfrom __future__", ["sample"]),
         ("params.yaml", "stride: 0", "stride: 3", ["evaluate"]),
+        ("params.yaml", "train_chars: 2000000", "train_chars: 1000", ["evaluate"]),
         ("params.yaml", "n_layer: 2", "n_layer: 1", ["train", "evaluate", "sample"]),
     ],
 )
@@ -202,6 +214,13 @@ def test_a_change_reruns_what_it_concerns(repository, path, old, new, reruns):
     folder, _ = repository
     change(folder, path, old, new)
     assert stages_run(repro(folder)) == reruns
+
+
+def test_a_sample_of_a_long_training_split_says_so(repository):
+    folder, _ = repository
+    train = json.loads((folder / "results/evaluate/metrics.json").read_text())["train"]
+    assert 900 < train["characters"] <= 1024 < train["split_characters"]
+    assert 0 < train["sampling_error"] < 0.2
 
 
 def test_experiments_are_listed_beside_each_other(repository):
@@ -240,7 +259,7 @@ def test_experiments_at_once_and_apart_are_whole_runs_in_one_store(repository):
         assert {"val_loss", "train.val_loss", "evaluate.val.loss"} <= set(run.data.metrics)
         assert len(client.get_metric_history(run.info.run_id, "val_loss")) == 4
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert files == {"model", "sample", "train", "params.yaml", "dvc.lock"}
+        assert files == {"model", "sample", "evaluate", "train", "params.yaml", "dvc.lock"}
 
 
 def test_plots_metrics_and_params_are_dvcs_to_show(repository):
@@ -250,10 +269,12 @@ def test_plots_metrics_and_params_are_dvcs_to_show(repository):
     changed = json.loads(command("dvc", "params", "diff", "--json", cwd=folder).stdout)
     assert changed["params.yaml"]["model.n_embd"]["new"] == 21
     set_params(folder, {"model": {"n_embd": 20}})
-    plotted = command("dvc", "plots", "show", "--json", cwd=folder)
-    (drawn,) = json.loads(plotted.stdout)["data"]["loss"]
-    points = drawn["content"]["data"]["values"]
-    assert {"train_loss", "val_loss"} == {point["field"] for point in points}
+    plotted = json.loads(command("dvc", "plots", "show", "--json", cwd=folder).stdout)["data"]
+    assert set(plotted) == {"loss", "baselines", "calibration", "positions", "characters", "confusions"}
+    points = {name: drawn["content"]["data"]["values"] for name, (drawn,) in plotted.items()}
+    assert {"train_loss", "val_loss"} == {point["field"] for point in points["loss"]}
+    assert len(points["positions"]) == 16
+    assert points["baselines"][0]["model"] == "this model"
 
 
 BAD_TEXTS = {
