@@ -72,7 +72,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rows(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """The table of a measure: contender, median, how many times better the project is, and what else was measured."""
-    ours = next(iter(found.values()))["value"]
+    ours = next(iter(found.values())).get("value", math.nan)
     more_is_better = "per second" in name
     table = []
     for contender, figures in found.items():

@@ -38,8 +38,15 @@ FULL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 FLOPS = 6 * (6 * 12 * 384**2 + 65 * 384) + 12 * 6 * 256 * 384
 """Of training that on a character: 6 for a weight, and attention (Chowdhery et al. 2022, appendix B)."""
 
+ONE_TEXT = "writing one text, characters per second"
+
 SETTLED = "threads and memory as minigpt has them"
 """Of a peer: it gets what this project's programs do for themselves (minigpt/process.py), and its users do not have."""
+
+
+class NotMeasuredError(Exception):
+    """This machine is not one to measure a contender on."""
+
 
 Options = argparse.Namespace
 Measured = dict[str, float]
@@ -282,27 +289,61 @@ def scoring_sampled(options: Options) -> Measured:
     return {"value": timer.seconds, "characters": 200 * 64 * T}
 
 
-@contender("writing one text, characters per second", "minigpt", batch=1)
-@contender("writing 16 texts, characters per second", "minigpt", batch=16)
-def writing_of_minigpt(options: Options, batch: int) -> Measured:
-    """A model of the published size writes, in bfloat16 where the hardware has it."""
+def writer(options: Options) -> Path:
+    """An exported model of the published size, trained for as long as makes its text text; made once and kept.
+
+    How fast a model writes depends on what it writes only where guesses are read along.
+    """
+    from minigpt.checkpoint import export
+    from minigpt.drafts import Drafts
+
+    folder = ROOT / "results" / "benchmarks" / f"writer-{options.device.replace(':', '-')}"
+    if not folder.exists():
+        changes = {"device": options.device, "max_iters": 100, "batch_size": 8, "grad_accum": 1, "eval_interval": 100}
+        params = profile("shakespeare-gpu", train=changes | {"eval_chars": 20_000})
+        corpus = prepared(options)
+        outcome = trainer(params, corpus).run()
+        drafts = Drafts.of(corpus.train.tokens.numpy(force=True), corpus.tokenizer.vocab_size)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export(folder, params.model, outcome.weights, corpus.tokenizer, drafts)
+    return folder
+
+
+@contender(ONE_TEXT, "minigpt, int8", batch=1, dtype="int8")
+@contender(ONE_TEXT, "minigpt, bfloat16", batch=1, dtype="bfloat16")
+@contender(ONE_TEXT, "minigpt, int8, no guesses", batch=1, dtype="int8", guess=False)
+@contender(
+    "writing one text, characters per second", "minigpt, bfloat16, no guesses", batch=1, dtype="bfloat16", guess=False
+)
+@contender("writing 16 texts, characters per second", "minigpt, bfloat16", batch=16, dtype="bfloat16")
+@contender("writing 16 texts, characters per second", "minigpt, int8", batch=16, dtype="int8")
+@contender("writing 512 texts, characters per second", "minigpt, bfloat16", batch=512, dtype="bfloat16")
+def writing_of_minigpt(options: Options, batch: int, dtype: str, guess: bool = True) -> Measured:
+    """A model of the published size writes at temperature 0.8, top-p 0.95; 512 texts on a GPU alone."""
     import torch
 
     from minigpt.generator import Decoding, Generator
-    from minigpt.model import GPT
-    from minigpt.ranks import compute_dtype
 
-    tokenizer = prepared(options).tokenizer
-    model = GPT(profile("shakespeare-gpu").model, tokenizer.vocab_size).to(options.device).eval()
-    model = model.to(compute_dtype("auto", torch.device(options.device)) or torch.float32)
-    generator = Generator(model, tokenizer)
-    return writing(options, batch, lambda length: generator.generate("\n", length, Decoding(seed=1), batch))
+    generator = Generator.load(writer(options), torch.device(options.device), dtype)
+    generator.drafts = generator.drafts if guess else None
+    reads, read = [0], generator.decoder.read
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        reads[0] += 1
+        return read(*arguments)
+
+    generator.decoder.read = counted  # type: ignore[method-assign]
+    decoding = Decoding(temperature=0.8, top_p=0.95, seed=1 + options.round)
+    measured = writing(options, batch, lambda length: generator.generate("\n", length, decoding, batch))
+    return measured | {"characters_a_read": (5 + 250) / reads[0]}
 
 
-@contender("writing one text, characters per second", "Hugging Face generate", who="hf", batch=1)
-@contender("writing one text, characters per second", "loop without a cache", who="reference", batch=1)
+@contender(ONE_TEXT, "Hugging Face generate", who="hf", batch=1)
+@contender(ONE_TEXT, f"Hugging Face generate, {SETTLED}", who="hf", batch=1)
+@contender(ONE_TEXT, "loop without a cache", who="reference", batch=1)
 @contender("writing 16 texts, characters per second", "Hugging Face generate", who="hf", batch=16)
 @contender("writing 16 texts, characters per second", "loop without a cache", who="reference", batch=16)
+@contender("writing 512 texts, characters per second", "Hugging Face generate", who="hf", batch=512)
 def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
     """A peer of the published size writes: Hugging Face's in bfloat16 where the hardware has it."""
     import torch
@@ -318,11 +359,39 @@ def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
 
 def writing(options: Options, batch: int, write: Callable[[int], Any]) -> Measured:
     """Time 250 characters a text, within the context of 256, after a few to warm up."""
+    if batch > 100 and not options.device.startswith("cuda"):
+        raise NotMeasuredError("so many at once are for a GPU")
     write(5)
     timer = Timer(options.device)
     write(250)
     timer.pause()
     return {"value": 250 * batch / timer.seconds}
+
+
+@contender("first character, seconds", "minigpt, of a loaded model")
+def first_of_minigpt(options: Options) -> Measured:
+    """From the call to the first character, of a short prompt."""
+    import torch
+
+    from minigpt.generator import Decoding, Generator
+
+    generator = Generator.load(writer(options), torch.device(options.device))
+    timer = Timer(options.device)
+    next(generator.stream("ROMEO:\n", 100, Decoding(temperature=0.8)))
+    timer.pause()
+    return {"value": timer.seconds}
+
+
+@contender("first character, seconds", "python -m minigpt, from the start of the process")
+def first_in_a_terminal(options: Options) -> Measured:
+    """Until it has shown the prompt and a character more."""
+    command = [sys.executable, "-m", "minigpt", "ROMEO:", "--model", str(writer(options)), "--device", options.device]
+    since = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as running:
+        shown = running.stdout.read(len("ROMEO:") + 1) if running.stdout else b""
+        seconds = time.perf_counter() - since
+        running.kill()
+    return {"value": seconds, "shown": len(shown)}
 
 
 @contender("encoding, MB per second", "minigpt", way="minigpt")
@@ -368,7 +437,7 @@ def nothing_to_do(options: Options) -> Measured:  # noqa: ARG001 - the same on a
 
 
 def main() -> None:
-    """Measure one contender once; a package that it lacks is told as ``missing``."""
+    """Measure one contender once; why it cannot be is told as ``missing``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measure", choices=MEASURES)
     parser.add_argument("contender")
@@ -382,7 +451,7 @@ def main() -> None:
         process.settle()
     try:
         measured: dict[str, Any] = MEASURES[options.measure][options.contender](options)
-    except ImportError as error:
+    except (ImportError, NotMeasuredError) as error:
         measured = {"missing": str(error)}
     print(json.dumps(measured))
 
