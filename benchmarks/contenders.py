@@ -332,7 +332,7 @@ def writing_of_minigpt(options: Options, batch: int, dtype: str, guess: bool = T
         reads[0] += 1
         return read(*arguments)
 
-    generator.decoder.read = counted  # type: ignore[method-assign]
+    generator.decoder.read = counted  # type: ignore[assignment, method-assign]
     decoding = Decoding(temperature=0.8, top_p=0.95, seed=1 + options.round)
     measured = writing(options, batch, lambda length: generator.generate("\n", length, decoding, batch))
     return measured | {"characters_a_read": (5 + 250) / reads[0]}
