@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.corpus import Corpus
+from minigpt.tokenizer import code_points
 
 CHUNK = 1 << 20
 """Characters of the training text that are searched at a time; more where a written text is longer."""
@@ -73,7 +74,7 @@ def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[s
     texts = [text[len(prompt) :] for prompt, text in written]
     begins = np.linspace(0, max(0, len(val) - max(map(len, texts))), len(texts)).astype(int)
     held_out = [val[begin : begin + len(text)] for begin, text in zip(begins, texts, strict=True)]
-    found = memorised([*(corpus.tokenizer.encode(text) for text in texts), *held_out], train)
+    found = memorised([*(corpus.tokenizer.encode_known(code_points(text)) for text in texts), *held_out], train)
     rows = [
         {
             "prompt": prompt,
