@@ -108,8 +108,10 @@ def try_remote(public: dict[str, str], private: dict[str, str]) -> None:
     from dvc.repo import Repo
 
     try:
-        with Repo(config={"remote": {REMOTE: public | private}}) as repo, tempfile.NamedTemporaryFile() as empty:
-            there = repo.cloud.get_remote(REMOTE)
+        # Under a name of its own: under REMOTE, settings of an earlier form would be mixed with these.
+        settings = {"remote": {f"{REMOTE}-tried": public | private}}
+        with Repo(config=settings) as repo, tempfile.NamedTemporaryFile() as empty:
+            there = repo.cloud.get_remote(f"{REMOTE}-tried")
             place = there.fs.join(there.path, *EMPTY.split("/"))
             there.fs.put_file(empty.name, place)
             if there.fs.fs.cat_file(place):

@@ -37,8 +37,9 @@ DAGSHUB = "https://dagshub.com"
 PATIENCE = 4.5
 """Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
 
-AWAY = 600
-"""Seconds for which a store that was waited for in vain is not waited for again, unless it takes something."""
+BRIEF, AWAY = 0.25, 600
+"""A store that was waited for in vain, for longer than the first, is not waited for again for the second, in seconds,
+unless it takes something meanwhile."""
 
 TIMEOUT, SYNC_TIMEOUT = 10, 60
 """Seconds until a request counts as lost, beside a stage and in a sync; MLFLOW_HTTP_REQUEST_TIMEOUT goes before."""
@@ -400,10 +401,11 @@ class Sender:
         began = time.monotonic()
         with self._turn:
             tried = self._turn.wait_for(lambda: self._tried >= self._asked, self.patience)
-        self.patience = max(0.0, self.patience - (time.monotonic() - began)) if tried else 0.0
+        waited = time.monotonic() - began
+        self.patience = max(0.0, self.patience - waited) if tried else 0.0
         if not self._mirror.missing(self._journal):
             return ""
-        if not self._mirror.local:
+        if not self._mirror.local and (not tried or waited > BRIEF):
             self._mirror.away.touch()
         if self.error and (tried or self._shy):
             return reason(self.error)
