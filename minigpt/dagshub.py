@@ -53,7 +53,7 @@ def connect(repo: str, token: str) -> None:
     try_mlflow(f"{page}.mlflow")
 
     config = Config(Path(".dvc").resolve())
-    with config.edit("repo") as shared:
+    with config.edit("repo", validate=False) as shared:  # the other half may still be of another form
         shared["remote"][REMOTE] = public
         shared["core"]["remote"] = REMOTE
     with config.edit("local") as local:
