@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -18,6 +19,8 @@ from minigpt.journal import Journal
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 from minigpt.tracking import Mirror
+
+FULL = os.environ.get("TORTURE") == "full"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,10 @@ def test_a_served_model_answers_and_tells_what_is_wrong(packaged, tmp_path):
             assert message in text, (body, text)
 
 
-def test_a_run_on_a_server_of_either_age_is_served(packaged, server, logged_in, tmp_path, monkeypatch):
+@pytest.mark.parametrize("age", ["old_server", "current_server"] if FULL else ["old_server"])
+@pytest.mark.usefixtures("logged_in")
+def test_a_run_on_a_server_is_served(packaged, age, request, tmp_path, monkeypatch):
+    server = request.getfixturevalue(age)
     monkeypatch.chdir(tmp_path)
     journal = Journal(uuid.uuid4().hex)
     journal.name("a run")
