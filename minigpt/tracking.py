@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,9 +38,12 @@ DAGSHUB = "https://dagshub.com"
 PATIENCE = 4.5
 """Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
 
-BRIEF, AWAY = 0.25, 600
-"""A store that was waited for in vain, for longer than the first, is not waited for again for the second, in seconds,
-unless it takes something meanwhile."""
+SILENT, AWAY = 2.0, 600
+"""A store that takes nothing for the first of these is away: for the second it is not waited for again, unless it takes
+something meanwhile. Both in seconds."""
+
+BRIEF = 0.25
+"""Seconds for which any stage may wait for a store that is away, to learn why."""
 
 TIMEOUT, SYNC_TIMEOUT = 10, 60
 """Seconds until a request counts as lost, beside a stage and in a sync; MLFLOW_HTTP_REQUEST_TIMEOUT goes before."""
@@ -132,6 +136,7 @@ class Mirror:
     Attributes:
         place: the URI as it may be printed, without credentials.
         sent: records sent so far, of all journals.
+        taken: when the store took the last of them, by ``time.monotonic``.
     """
 
     def __init__(self, uri: str, timeout: int = TIMEOUT) -> None:
@@ -139,7 +144,7 @@ class Mirror:
         self.place = re.sub("://[^/]*@", "://", uri)
         self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
         self._client: MlflowClient | None = None
-        self.sent = 0
+        self.sent, self.taken = 0, -math.inf
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
 
@@ -218,6 +223,7 @@ class Mirror:
             note(next=end)
             done += len(group)
             self.sent += len(group)
+            self.taken = time.monotonic()
 
     def connect(self) -> MlflowClient:
         """The client of the store; importing MLflow takes seconds, and nothing is sent yet."""
@@ -364,14 +370,14 @@ class Sender:
     Attributes:
         error: of the last try; None after one that came through.
         patience: seconds for which ``wait`` will still wait, in all. Where the store has just been waited for in
-            vain, also by another process, there is none until the store takes something.
+            vain, also by another process, there is next to none until the store takes something.
     """
 
     def __init__(self, mirror: Mirror, journal: Journal) -> None:
         self.error: Exception | None = None
         self._mirror, self._journal = mirror, journal
         self._shy = mirror.away.exists() and abs(time.time() - mirror.away.stat().st_mtime) < AWAY
-        self.patience = 0.0 if self._shy else PATIENCE
+        self.patience = BRIEF if self._shy else PATIENCE
         self._asked = self._tried = 0
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -405,9 +411,9 @@ class Sender:
         self.patience = max(0.0, self.patience - waited) if tried else 0.0
         if not self._mirror.missing(self._journal):
             return ""
-        if not self._mirror.local and (not tried or waited > BRIEF):
+        if not self._mirror.local and waited > BRIEF and time.monotonic() - self._mirror.taken > SILENT:
             self._mirror.away.touch()
-        if self.error and (tried or self._shy):
+        if self.error and tried:
             return reason(self.error)
         if self._shy:
             return "it was away a moment ago, and is not waited for again so soon"
