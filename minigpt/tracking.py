@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DAGSHUB = "https://dagshub.com"
 """Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
 
-PATIENCE = 4.5
+PATIENCE = 4.0
 """Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
 
 SILENT, AWAY = 2.0, 600
