@@ -56,8 +56,9 @@ def connect(repo: str, token: str) -> None:
     with config.edit("repo", validate=False) as shared:  # the other half may still be of another form
         shared["remote"][REMOTE] = public
         shared["core"]["remote"] = REMOTE
-    with config.edit("local") as local:
-        local["remote"][REMOTE] = private
+    with config.edit("local") as local:  # all of it: commits of before do not have the shared half
+        local["remote"][REMOTE] = public | private
+        local["core"]["remote"] = REMOTE
     os.chmod(".dvc/config.local", 0o600)
     git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout.split()
     if REMOTE not in git_remotes:

@@ -44,6 +44,10 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         Files(tmp_path / "stored") as files,
         Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
     ):
+        tried = command(
+            "dvc", "exp", "run", "--name", "halved", "-S", "data.val_fraction=0.5", "prepare", cwd=repository
+        )
+        assert tried.returncode == 0, tried.stdout + tried.stderr
         ran = connect(repository, dagshub.url)
         assert ran.returncode == 0, ran.stderr
         assert f"{dagshub.url}/user/repo\n" in ran.stdout
@@ -57,12 +61,9 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         command("git", "init", "--quiet", "--bare", bare, cwd=tmp_path)
         command("git", "remote", "set-url", "dagshub", bare, cwd=repository)
         command("git", "commit", "--quiet", "--all", "--message", "connect", cwd=repository)
-        tried = command(
-            "dvc", "exp", "run", "--name", "halved", "-S", "data.val_fraction=0.5", "prepare", cwd=repository
-        )
-        assert tried.returncode == 0, tried.stdout + tried.stderr
-        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)
+        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)  # made before there was a remote
         assert pushed.returncode == 0, pushed.stderr
+        assert "failed to push" not in pushed.stdout + pushed.stderr
         assert "halved" in command("dvc", "exp", "list", "dagshub", "--all-commits", cwd=repository).stdout
 
 
