@@ -448,7 +448,7 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=0)
     options = parser.parse_args()
     if (options.device == "cpu" and options.contender.startswith("minigpt")) or options.contender.endswith(SETTLED):
-        process.settle()
+        process.settle(alert=options.measure.startswith(("writing", "first")))
     try:
         measured: dict[str, Any] = MEASURES[options.measure][options.contender](options)
     except (ImportError, NotMeasuredError) as error:

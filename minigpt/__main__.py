@@ -80,7 +80,7 @@ def main() -> None:
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt = prompt or "\n"
-    process.settle()
+    process.settle(alert=True)
     from minigpt import ranks
     from minigpt.generator import Decoding, Generator
     from minigpt.tokenizer import describe

@@ -4,9 +4,10 @@ python -m minigpt.dagshub user/repo        or: make dagshub REPO=user/repo
 
 DVC's remote becomes the storage that DagsHub gives every repository, in one of the two forms that DagsHub documents
 (https://dagshub.com/docs/feature_guide/dagshub_storage/): S3, the bucket ``dvc`` at ``<page>.s3`` with the token as
-both keys, where dvc-s3 is installed; else HTTP, ``<page>.dvc`` with the token as user and password. The token comes
-from DAGSHUB_USER_TOKEN, or is asked for; it is kept in ``.dvc/config.local``, which git ignores, and nowhere else.
-Both ends are tried with real requests first: where one refuses, nothing is changed.
+both keys, where dvc-s3 is installed and what is written there comes back the same; else HTTP, ``<page>.dvc`` with the
+token as user and password. The token comes from DAGSHUB_USER_TOKEN, or is asked for; it is kept in
+``.dvc/config.local``, which git ignores, and nowhere else. Both ends are tried with real requests first:
+where one refuses, nothing is changed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,6 @@ EMPTY = "files/md5/d4/1d8cd98f00b204e9800998ecf8427e"
 """Where DVC keeps the empty file: to write it tries a remote, and leaves nothing false there."""
 
 
-CHECKSUMS = (
-    "it gives back another file than it was sent. Clients of S3 send checksums that older stores do not know: "
-    "`export AWS_REQUEST_CHECKSUM_CALCULATION=when_required`, here and wherever you use DVC"
-)
-"""What may go wrong with the S3 form, and the way out."""
-
-
 def connect(repo: str, token: str) -> None:
     """Try both ends, set the DVC remote, and say what was done.
 
@@ -55,16 +49,16 @@ def connect(repo: str, token: str) -> None:
     if subprocess.run(["git", "check-ignore", "--quiet", ".dvc/config.local"], check=False).returncode:
         raise UserError(".dvc/config.local: git would track it, and the token in it; add it to .dvc/.gitignore")
     os.environ |= {"DAGSHUB_USER_TOKEN": token, "MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
-    public, private = remote(page, token)
-    try_remote(public, private)
+    public, private = choose_remote(page, token)
     try_mlflow(f"{page}.mlflow")
 
     config = Config(Path(".dvc").resolve())
-    with config.edit("repo") as shared:
+    with config.edit("repo", validate=False) as shared:  # the other half may still be of another form
         shared["remote"][REMOTE] = public
         shared["core"]["remote"] = REMOTE
-    with config.edit("local") as local:
-        local["remote"][REMOTE] = private
+    with config.edit("local") as local:  # all of it: commits of before do not have the shared half
+        local["remote"][REMOTE] = public | private
+        local["core"]["remote"] = REMOTE
     os.chmod(".dvc/config.local", 0o600)
     git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout.split()
     if REMOTE not in git_remotes:
@@ -84,31 +78,46 @@ def connect(repo: str, token: str) -> None:
 """)
 
 
-def remote(page: str, token: str) -> tuple[dict[str, str], dict[str, str]]:
-    """DVC's settings of the remote: those that everybody may read, and those with the token."""
+def choose_remote(page: str, token: str) -> tuple[dict[str, str], dict[str, str]]:
+    """DVC's settings of a remote that has been tried: those that everybody may read, and those with the token.
+
+    Raises:
+        UserError: neither form can be used.
+    """
     if importlib.util.find_spec("dvc_s3"):
-        return (
-            {"url": "s3://dvc", "endpointurl": f"{page}.s3"},
-            {"access_key_id": token, "secret_access_key": token},
-        )
-    return {"url": f"{page}.dvc"}, {"auth": "basic", "user": token, "password": token}
+        public = {"url": "s3://dvc", "endpointurl": f"{page}.s3"}
+        private = {"access_key_id": token, "secret_access_key": token}
+        try:
+            try_remote(public, private)
+            return public, private
+        except UserError as error:
+            print(f"minigpt: {error}; HTTP is tried instead", file=sys.stderr)
+    public, private = {"url": f"{page}.dvc"}, {"auth": "basic", "user": token, "password": token}
+    try_remote(public, private)
+    return public, private
 
 
 def try_remote(public: dict[str, str], private: dict[str, str]) -> None:
     """Write the empty file to the remote and read it again, with DVC's own means.
 
+    Clients of S3 send checksums since 2025 that older stores refuse, or keep as a part of the file
+    (https://github.com/boto/boto3/issues/4392, 4435).
+
     Raises:
-        UserError: the remote cannot be reached, or refuses.
+        UserError: the remote cannot be reached, refuses, or gives back another file.
     """
     from dvc.repo import Repo
 
     try:
-        with Repo(config={"remote": {REMOTE: public | private}}) as repo, tempfile.NamedTemporaryFile() as empty:
-            there = repo.cloud.get_remote(REMOTE)
+        # Under a name of its own: under REMOTE, settings of an earlier form would be mixed with these.
+        settings = {"remote": {f"{REMOTE}-tried": public | private}}
+        with Repo(config=settings) as repo, tempfile.NamedTemporaryFile() as empty:
+            there = repo.cloud.get_remote(f"{REMOTE}-tried")
             place = there.fs.join(there.path, *EMPTY.split("/"))
             there.fs.put_file(empty.name, place)
             if there.fs.fs.cat_file(place):
-                raise UserError(CHECKSUMS if public["url"].startswith("s3:") else "it gives back another file")
+                there.fs.fs.rm_file(place)
+                raise UserError("it gives back another file than it was sent")
     except Exception as error:
         where = public.get("endpointurl", public["url"])
         raise UserError(f"{where}: DVC cannot use it: {reason(error)}") from None

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from minigpt import files
+
 EXPERIMENT = "minigpt"
 """The name of the MLflow experiment; the environment's MLFLOW_EXPERIMENT_NAME goes before."""
 
@@ -38,7 +40,6 @@ class Journal:
         self.folder = workspace() / ".journal" / key
         self._metrics_until: dict[str, int] | None = None
         self._lock = threading.Lock()
-        self._checked = False
 
     def since(self, start: int) -> list[tuple[dict[str, Any], int]]:
         """Records from byte ``start`` on, each with the byte where the next one starts.
@@ -119,6 +120,7 @@ class Journal:
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
             shutil.copyfile(file, temporary)
+            files.sync(temporary)
             temporary.replace(kept)
             self._write("artifact", path=place)
 
@@ -126,14 +128,21 @@ class Journal:
         """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._write("status", status=status)
 
+    def flush(self) -> None:
+        """Have all that was written on the disk itself, where a power cut leaves it."""
+        if (self.folder / "journal.jsonl").exists():
+            files.sync(self.folder / "journal.jsonl")
+            files.sync(self.folder)
+
     def _write(self, kind: str, **fields: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"kind": kind, "time": int(time.time() * 1000), **fields}
         with locked(self.folder / "journal.jsonl") as file:
-            if not self._checked:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if file.read() not in (b"", b"\n"):  # a crash or a full disk has left half a line
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a crash may have left half a line
-                self._checked = True
+                file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 

@@ -19,15 +19,20 @@ MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 _held: list[int] = []
 
 
-def settle() -> None:
-    """Place the threads and keep the memory."""
+def settle(alert: bool = False) -> None:
+    """Place the threads and keep the memory.
+
+    Args:
+        alert: threads never sleep between two pieces of work. For writing, whose pieces take some microseconds each,
+            that is a third faster; it keeps all cores busy for as long as the process lives.
+    """
     if os.environ.get("MINIGPT_CPU") == "off":
         return
-    place_threads()
+    place_threads(alert)
     keep_memory()
 
 
-def place_threads() -> None:
+def place_threads(alert: bool = False) -> None:
     """Bind one thread to each core, so that no two share one and stall at every barrier.
 
     Only one process of a user can have the cores so. One that comes beside it leaves its threads unbound and lets
@@ -43,7 +48,7 @@ def place_threads() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         return
     _held.append(lock)
-    os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | ({"OMP_WAIT_POLICY": "active"} if alert else {})
 
 
 def keep_memory() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,14 +35,21 @@ if TYPE_CHECKING:
 DAGSHUB = "https://dagshub.com"
 """Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
 
-PATIENCE = 4.5
+PATIENCE = 4.0
 """Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
+
+SILENT, AWAY = 2.0, 600
+"""A store that takes nothing for the first of these is away: for the second it is not waited for again, unless it takes
+something meanwhile. Both in seconds."""
+
+BRIEF = 0.25
+"""Seconds for which any stage may wait for a store that is away, to learn why."""
 
 TIMEOUT, SYNC_TIMEOUT = 10, 60
 """Seconds until a request counts as lost, beside a stage and in a sync; MLFLOW_HTTP_REQUEST_TIMEOUT goes before."""
 
-RETRIES = 3
-"""How often in a row a sync tries again where nothing arrives, after 1, 2 and 4 seconds."""
+RETRIES, PAUSE = 3, 1.0
+"""How often in a row a sync tries again where nothing arrives; seconds before the first time, doubled for each next."""
 
 RUN_TAG = "minigpt.run"
 """The MLflow tag that holds a run's key: how a run is found again."""
@@ -74,8 +82,13 @@ def store() -> str:
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return _placed(_without_credentials(uri))
     if repo and token:
-        _log_in(token, token)
+        os.environ |= {"MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
         return f"{dagshub_page(repo)}.mlflow"
+    return own_store()
+
+
+def own_store() -> str:
+    """The tracking URI of the repository's own store."""
     return f"sqlite:///{workspace() / 'mlflow.db'}"
 
 
@@ -103,14 +116,10 @@ def _without_credentials(uri: str) -> str:
     parts = urlsplit(uri)
     if not parts.scheme.startswith("http") or "@" not in parts.netloc:
         return uri
-    _log_in(unquote(parts.username or ""), unquote(parts.password or ""))
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
     os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return os.environ["MLFLOW_TRACKING_URI"]
-
-
-def _log_in(user: str, password: str) -> None:
-    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", user)
-    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", password)
 
 
 class Mirror:
@@ -125,14 +134,17 @@ class Mirror:
         timeout: seconds until a request counts as lost.
 
     Attributes:
+        place: the URI as it may be printed, without credentials.
         sent: records sent so far, of all journals.
+        taken: when the store took the last of them, by ``time.monotonic``.
     """
 
     def __init__(self, uri: str, timeout: int = TIMEOUT) -> None:
         self.uri, self.timeout = uri, timeout
+        self.place = re.sub("://[^/]*@", "://", uri)
         self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
         self._client: MlflowClient | None = None
-        self.sent = 0
+        self.sent, self.taken = 0, -math.inf
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
 
@@ -148,7 +160,11 @@ class Mirror:
         """
         if check or self.missing(journal):
             with locked(self._progress(journal)) as file:
-                self._send_from(journal, file)
+                try:
+                    self._send_from(journal, file)
+                except Exception:
+                    self._runs.pop(journal.key, None)  # it may be gone there: look for it again
+                    raise
 
     def missing(self, journal: Journal) -> int:
         """How many records have not been sent, as far as is known on this side."""
@@ -158,7 +174,16 @@ class Mirror:
             return len(journal.records())
 
     def _progress(self, journal: Journal) -> Path:
-        return journal.folder / f"sent-{hashlib.sha256(self.uri.encode()).hexdigest()[:8]}.json"
+        return journal.folder / f"sent-{self._digest}.json"
+
+    @property
+    def away(self) -> Path:
+        """A file whose age says how long ago the store was waited for in vain."""
+        return workspace() / ".journal" / f"away-{self._digest}"
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.uri.encode()).hexdigest()[:8]
 
     def _send_from(self, journal: Journal, file: IO[bytes]) -> None:
         file.seek(0)
@@ -168,7 +193,7 @@ class Mirror:
             progress.update(changes)
             file.seek(0)
             file.truncate()
-            file.write(json.dumps({"store": self.uri, **progress}).encode() + b"\n")
+            file.write(json.dumps({"store": self.place, **progress}).encode() + b"\n")
             file.flush()
 
         if journal.key not in self._runs:
@@ -177,7 +202,7 @@ class Mirror:
                 note(next=0, doubtful=0)
                 self._runs[journal.key] = self._create(journal)
             elif known.info.lifecycle_stage == "deleted":
-                print(f"minigpt: {self.uri}: run {journal.key[:8]} was deleted there: nothing more is sent")
+                print(f"minigpt: {self.place}: run {journal.key[:8]} was deleted there: nothing more is sent")
                 note(next=end, doubtful=0)
             else:
                 self._runs[journal.key] = known.info.run_id
@@ -198,6 +223,7 @@ class Mirror:
             note(next=end)
             done += len(group)
             self.sent += len(group)
+            self.taken = time.monotonic()
 
     def connect(self) -> MlflowClient:
         """The client of the store; importing MLflow takes seconds, and nothing is sent yet."""
@@ -228,6 +254,11 @@ class Mirror:
         client = self.connect()
         if name not in self._experiments:
             found = client.get_experiment_by_name(name)
+            if found and found.lifecycle_stage == "deleted":
+                raise UserError(
+                    f"its experiment '{name}' was deleted there; "
+                    f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+                )
             if found is None:
                 location = (workspace() / "mlartifacts").as_uri() if self.local else None
                 try:
@@ -314,7 +345,7 @@ class Mirror:
         except MlflowException as error:
             if error.get_http_status_code() != 404:
                 raise
-            print(f"minigpt: {self.uri} knows no datasets; the run has its dataset as a tag", file=sys.stderr)
+            print(f"minigpt: {self.place} knows no datasets; the run has its dataset as a tag", file=sys.stderr)
             self.connect().set_tag(run_id, "dataset", f"{record['name']} {record['digest'][:32]}")
 
 
@@ -338,13 +369,15 @@ class Sender:
 
     Attributes:
         error: of the last try; None after one that came through.
-        patience: seconds for which ``wait`` will still wait, in all.
+        patience: seconds for which ``wait`` will still wait, in all. Where the store has just been waited for in
+            vain, also by another process, there is next to none until the store takes something.
     """
 
     def __init__(self, mirror: Mirror, journal: Journal) -> None:
         self.error: Exception | None = None
-        self.patience = PATIENCE
         self._mirror, self._journal = mirror, journal
+        self._shy = mirror.away.exists() and abs(time.time() - mirror.away.stat().st_mtime) < AWAY
+        self.patience = BRIEF if self._shy else PATIENCE
         self._asked = self._tried = 0
         self._turn = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -369,15 +402,22 @@ class Sender:
             self._asked += 1
             self._turn.notify_all()
 
-    def wait(self) -> bool:
-        """Wait for what was asked; False where patience ends first."""
-        if self._mirror.local:
-            return True
+    def wait(self) -> str:
+        """Wait for what was asked; says what kept it from being sent, nothing where it was."""
         began = time.monotonic()
         with self._turn:
             tried = self._turn.wait_for(lambda: self._tried >= self._asked, self.patience)
-        self.patience = max(0.0, self.patience - (time.monotonic() - began)) if tried else 0.0
-        return tried
+        waited = time.monotonic() - began
+        self.patience = max(0.0, self.patience - waited) if tried else 0.0
+        if not self._mirror.missing(self._journal):
+            return ""
+        if not self._mirror.local and waited > BRIEF and time.monotonic() - self._mirror.taken > SILENT:
+            self._mirror.away.touch()
+        if self.error and tried:
+            return reason(self.error)
+        if self._shy:
+            return "it was away a moment ago, and is not waited for again so soon"
+        return f"not all was taken within {PATIENCE:g} seconds"
 
     def _run(self) -> None:
         while True:
@@ -386,6 +426,9 @@ class Sender:
                 asked = self._asked
             self._try()
             with self._turn:
+                if self._shy and self.error is None:
+                    self._shy, self.patience = False, PATIENCE
+                    self._mirror.away.unlink(missing_ok=True)
                 self._tried = asked
                 self._turn.notify_all()
 
@@ -414,7 +457,7 @@ class Tracker:
     @property
     def place(self) -> str:
         """Where the run can be seen."""
-        return self._mirror.uri
+        return self._mirror.place
 
     def begin(self, params: Params, corpus: Corpus, device: torch.device) -> None:
         """Say what is trained on what, and where; of a run that goes on, only that it does."""
@@ -479,7 +522,8 @@ class Tracker:
                 self.journal.artifact(path)
 
     def mirror(self) -> None:
-        """Have what is new sent. A first failure is told; training goes on."""
+        """Put what is new on the disk itself, and have it sent. A first failure is told; training goes on."""
+        self.journal.flush()
         self._sender.ask()
         if self._sender.error and not self._told:
             self._told = True
@@ -491,16 +535,14 @@ class Tracker:
 
     def finish(self) -> None:
         """Send the rest; where the store has not taken it in time, say how it gets there."""
+        self.journal.flush()
         if self._mirror.local:
             self._sender.error = None
         self._sender.ask()
-        answered = self._sender.wait()
-        if missing := self._mirror.missing(self.journal):
-            error = self._sender.error if answered else None
-            why = reason(error) if error else f"not all was taken within {PATIENCE:g} seconds"
+        if why := self._sender.wait():
             print(
-                f"minigpt: {missing} records of run {self.journal.key[:8]} are not in {self.place} yet: {why}; "
-                f"`python -m minigpt.tracking sync` sends them",
+                f"minigpt: {self._mirror.missing(self.journal)} records of run {self.journal.key[:8]} are not in "
+                f"{self.place} yet: {why}; `python -m minigpt.tracking sync` sends them",
                 file=sys.stderr,
             )
 
@@ -512,8 +554,13 @@ class Tracker:
             print(f"minigpt: no {what}: {reason(error)}", file=sys.stderr)
 
     def _watch(self, device: torch.device) -> None:
-        began = self.journal.records()[0]["time"] / 1000
-        self._monitor = Monitor(lambda load: self.journal.metrics(int(time.time() - began), load), device)
+        """Measure the load, by the seconds since the run began; they never go back, as a clock may."""
+        measured = [
+            r["step"] for r in self.journal.records("metrics") if any(n.startswith("system/") for n in r["values"])
+        ]
+        age = time.time() - self.journal.records()[0]["time"] / 1000
+        began = time.monotonic() - max(0, age, *(step + 1 for step in measured[-1:]))
+        self._monitor = Monitor(lambda load: self.journal.metrics(int(time.monotonic() - began), load), device)
 
 
 def of_model(record: Path) -> Tracker:
@@ -565,20 +612,25 @@ def sync() -> int:
     """Send what the store does not have, of every run of this workspace, the oldest first; gives their number.
 
     Raises:
-        UserError: the store does not answer, or refuses a run; those before it, and what it took of it, are there.
+        UserError: the store refuses runs, which are named, or does not answer; all that it took is there.
     """
     mirror = Mirror(store(), SYNC_TIMEOUT)
     keys = [path.parent.name for path in (workspace() / ".journal").glob("*/journal.jsonl")]
     starts = {key: next((record["time"] for record in Journal(key).records()), None) for key in keys}
     keys = sorted((key for key in keys if starts[key] is not None), key=lambda key: (starts[key], key))
+    refused = []
     for key in keys:
         before = mirror.sent
         try:
             _send_patiently(mirror, Journal(key))
         except Exception as error:
-            raise UserError(f"{mirror.uri}: run {key[:8]} could not be sent: {reason(error)}") from None
+            refused.append(f"{mirror.place}: run {key[:8]} could not be sent: {reason(error)}")
+            if not _final(error):
+                break
         if mirror.sent > before:
             print(f"minigpt: run {key[:8]}: {mirror.sent - before} records sent")
+    if refused:
+        raise UserError("\nminigpt: ".join(refused))
     return len(keys)
 
 
@@ -594,11 +646,13 @@ def _send_patiently(mirror: Mirror, journal: Journal) -> None:
             tries = 0 if mirror.sent > before else tries + 1
             if tries > RETRIES or _final(error):
                 raise
-            time.sleep(2 ** max(0, tries - 1))
+            time.sleep(PAUSE * 2 ** max(0, tries - 1))
 
 
 def _final(error: Exception) -> bool:
     """Whether the store has answered, and will give the same answer again."""
+    if isinstance(error, UserError):
+        return True
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return 400 <= int(status) < 500 and status != 429
 
@@ -606,7 +660,7 @@ def _final(error: Exception) -> bool:
 def _main() -> None:
     if sys.argv[1:] != ["sync"]:
         raise UserError("usage: python -m minigpt.tracking sync")
-    print(f"minigpt: {sync()} runs are in {store()}")
+    print(f"minigpt: {sync()} runs are in {Mirror(store()).place}")
 
 
 if __name__ == "__main__":

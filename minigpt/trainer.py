@@ -53,7 +53,7 @@ class Observer(Protocol):
         """Values at a step; called again for the same steps when a training is resumed."""
 
     def mirror(self) -> None:
-        """A good moment to pass on what was told: the training's clock stands still."""
+        """Keep what was told, and pass it on: the training's clock stands still."""
 
 
 @dataclass
@@ -356,6 +356,8 @@ class Trainer:
         self.facts |= {"saved_step": self.facts["step"], "train_seconds": self.clock.seconds}
         if not self.ranks.first:
             return
+        if self.observer:
+            self.observer.mirror()  # what was told must not be younger on the disk than the state
         tensors = {f"weights.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}

@@ -7,7 +7,7 @@ import json
 import textwrap
 from typing import Any
 
-from minigpt import errors, params
+from minigpt import errors, params, tracking
 from stages import MODEL, RESULTS
 
 LINES = 12
@@ -31,6 +31,9 @@ def main() -> None:
         first = float(next(csv.DictReader(file))["val_loss"])
     sample = (RESULTS / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")
     shown = [line for line in sample[1:] if line.strip()][:LINES]
+    store = tracking.Mirror(tracking.store()).place
+    here = store == tracking.own_store()
+    elsewhere = f"open {store}" if store.startswith("http") else f"mlflow ui --backend-store-uri {store}"
     minutes, seconds = divmod(round(train["train_seconds"]), 60)
     print(f"""
   {settings.data.source}: {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
@@ -48,13 +51,13 @@ def main() -> None:
   model     {MODEL}/
   sample    {RESULTS}/sample/samples.txt
   figures   {RESULTS}/evaluate/metrics.json, {RESULTS}/train/history.csv; as charts: dvc plots show
-  runs      mlflow.db
+  runs      {"mlflow.db" if here else store}
 
   next      source .venv/bin/activate
             git add dvc.lock && git commit -am "a first run"    what experiments are compared with
             dvc exp run -S model.n_embd=512                     train a wider one, as an experiment
             dvc exp show --only-changed                         compare them
-            make ui                                             the same on a page, with curves
+            {"make ui" if here else elsewhere:<51} the same on a page, with curves
             make shakespeare                                    a larger text, a longer training
 """)
 

@@ -13,7 +13,7 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    process.settle()
+    process.settle(alert=True)
     from minigpt import corpus, memorised, ranks, tracking
     from minigpt.generator import Decoding, Generator
 

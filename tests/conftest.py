@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
 
 from minigpt.params import Params, load
 
@@ -108,3 +109,27 @@ def set_params(folder, *changes):
     for change in changes:
         tree = overlay(tree, change)
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def current_server(tmp_path_factory):
+    """The address of a real MLflow server with basic authentication."""
+    with mlflow_server(sys.executable, tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def old_server(tmp_path_factory):
+    with mlflow_server(environment(*MLFLOW_2_7_1), tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture(params=["current_server", "old_server"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def logged_in(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", TOKEN)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", TOKEN)

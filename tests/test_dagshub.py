@@ -2,17 +2,10 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, command, make_repository, python
-from servers import TOKEN, Files, Proxy, environment, free_port, mlflow_server, process
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory):
-    with mlflow_server(sys.executable, tmp_path_factory.mktemp("mlflow")) as url:
-        yield url
+from servers import TOKEN, Files, Proxy, environment, free_port, process
 
 
 @pytest.fixture
@@ -46,11 +39,15 @@ def holders_of_the_token(folder):
     return {str(path.relative_to(folder)) for path in files if TOKEN.encode() in path.read_bytes()}
 
 
-def test_dvc_and_mlflow_work_over_http(tmp_path, repository, mlflow):
+def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
     with (
         Files(tmp_path / "stored") as files,
-        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": mlflow}) as dagshub,
+        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
     ):
+        tried = command(
+            "dvc", "exp", "run", "--name", "halved", "-S", "data.val_fraction=0.5", "prepare", cwd=repository
+        )
+        assert tried.returncode == 0, tried.stdout + tried.stderr
         ran = connect(repository, dagshub.url)
         assert ran.returncode == 0, ran.stderr
         assert f"{dagshub.url}/user/repo\n" in ran.stdout
@@ -64,16 +61,13 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, mlflow):
         command("git", "init", "--quiet", "--bare", bare, cwd=tmp_path)
         command("git", "remote", "set-url", "dagshub", bare, cwd=repository)
         command("git", "commit", "--quiet", "--all", "--message", "connect", cwd=repository)
-        tried = command(
-            "dvc", "exp", "run", "--name", "halved", "-S", "data.val_fraction=0.5", "prepare", cwd=repository
-        )
-        assert tried.returncode == 0, tried.stdout + tried.stderr
-        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)
+        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)  # made before there was a remote
         assert pushed.returncode == 0, pushed.stderr
+        assert "failed to push" not in pushed.stdout + pushed.stderr
         assert "halved" in command("dvc", "exp", "list", "dagshub", "--all-commits", cwd=repository).stdout
 
 
-def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, mlflow):
+def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, current_server):
     interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"))
     asked = subprocess.run(
         [interpreter, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"], capture_output=True
@@ -85,7 +79,7 @@ def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, m
             interpreter.with_name("moto_server"), "--host", "127.0.0.1", "--port", port,
             url=f"http://127.0.0.1:{port}", cwd=tmp_path,
         ) as s3,
-        Proxy({"/user/repo.s3": s3, "/user/repo.mlflow": mlflow}) as dagshub,
+        Proxy({"/user/repo.s3": s3, "/user/repo.mlflow": current_server}) as dagshub,
     ):  # fmt: skip
         make_bucket = "import sys, boto3; boto3.client('s3', endpoint_url=sys.argv[1]).create_bucket(Bucket='dvc')"
         keys = {"AWS_ACCESS_KEY_ID": TOKEN, "AWS_SECRET_ACCESS_KEY": TOKEN, "AWS_DEFAULT_REGION": "us-east-1"}
@@ -98,12 +92,22 @@ def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, m
         assert holders_of_the_token(repository) == {".dvc/config.local"}
         assert any("/user/repo.s3/dvc/files/md5/" in path for _, path in dagshub.requests)
 
+        dagshub.fault, dagshub.during = 501, ".s3"  # what a store says to headers that it does not know
+        with Files(tmp_path / "stored") as files:
+            dagshub.upstreams["/user/repo.dvc"] = files.url
+            ran = connect(repository, dagshub.url, **plugin)
+            assert ran.returncode == 0, ran.stderr
+            assert "repo.s3: DVC cannot use it" in ran.stderr
+            assert f"wrote to {dagshub.url}/user/repo.dvc" in ran.stdout
+            assert push_and_pull(repository, **plugin)
+            assert holders_of_the_token(repository) == {".dvc/config.local"}
 
-def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, repository, mlflow):
+
+def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, repository, current_server):
     config = (repository / ".dvc/config").read_text()
     with (
         Files(tmp_path / "stored") as files,
-        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": mlflow}) as dagshub,
+        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
     ):
         for ran, message in [
             (

@@ -7,7 +7,7 @@ from conftest import ROOT, python
 SETTLE = """
 import ctypes, json, os, resource
 from minigpt import process
-process.settle()
+process.settle(alert=bool(os.environ.get("ALERT")))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -52,3 +52,8 @@ def test_freed_memory_is_kept(tmp_path):
     pages = 10 * (1 << 26) // 4096
     assert settled(tmp_path)[0] < pages / 100
     assert settled(tmp_path, MINIGPT_CPU="off")[0] > pages / 600  # given back, in small pages or in huge ones
+
+
+def test_threads_that_write_stay_awake(tmp_path):
+    assert settled(tmp_path, ALERT="yes")[1]["OMP_WAIT_POLICY"] == "active"
+    assert "OMP_WAIT_POLICY" not in settled(tmp_path)[1]

@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+import uuid
 
 import mlflow.pyfunc
 import pandas
@@ -9,13 +11,17 @@ import requests
 import torch
 from conftest import params_with
 from mlflow.exceptions import MlflowException
-from servers import free_port, process
+from servers import TOKEN, free_port, process
 
 from minigpt import checkpoint, serving
 from minigpt.decoder import choose_weights
 from minigpt.generator import Decoding, Generator
+from minigpt.journal import Journal
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
+from minigpt.tracking import Mirror
+
+FULL = os.environ.get("TORTURE") == "full"
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +31,8 @@ def packaged(tmp_path_factory):
     torch.manual_seed(0)
     model = GPT(params_with(model={"init": "normal"}).model, 4)
     checkpoint.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
-    serving.package(folder / "gpt", folder / "package")
-    return folder / "gpt", folder / "package"
+    serving.package(folder / "gpt", folder / "model")
+    return folder / "gpt", folder / "model"
 
 
 def test_a_package_writes_what_the_generator_writes(packaged):
@@ -95,3 +101,27 @@ def test_a_served_model_answers_and_tells_what_is_wrong(packaged, tmp_path):
             status, text = ask(body)
             assert 400 <= status < 500, (body, text)
             assert message in text, (body, text)
+
+
+@pytest.mark.parametrize("age", ["old_server", "current_server"] if FULL else ["old_server"])
+@pytest.mark.usefixtures("logged_in")
+def test_a_run_on_a_server_is_served(packaged, age, request, tmp_path, monkeypatch):
+    server = request.getfixturevalue(age)
+    monkeypatch.chdir(tmp_path)
+    journal = Journal(uuid.uuid4().hex)
+    journal.name("a run")
+    journal.artifact(packaged[1])
+    Mirror(server).send(journal)
+    client = mlflow.MlflowClient(server)
+    experiment = client.get_experiment_by_name("minigpt").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`minigpt.run` = '{journal.key}'")
+    port = free_port()
+    with process(
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", f"runs:/{run.info.run_id}/model",
+        "--env-manager", "local", "-p", port, url=f"http://127.0.0.1:{port}/ping", cwd=tmp_path,
+        MLFLOW_TRACKING_URI=server, MLFLOW_TRACKING_USERNAME=TOKEN, MLFLOW_TRACKING_PASSWORD=TOKEN,
+    ):  # fmt: skip
+        asked = {"dataframe_records": [{"prompt": "ab"}], "params": {"max_new_tokens": 30}}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["predictions"][0]) == 32

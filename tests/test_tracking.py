@@ -1,8 +1,11 @@
 """Journals, and what arrives of them in real stores: files, servers of two ages, and servers that fail."""
 
+import csv
 import hashlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT, make_workspace, python, set_params
+import torch
+from conftest import ROOT, command, make_repository, make_workspace, python, set_params
 from mlflow import MlflowClient
 from servers import MLFLOW_2_7_1, TOKEN, Proxy, environment, free_port, mlflow_server
 
 from minigpt import tracking
 from minigpt.errors import UserError
 from minigpt.journal import Journal
+from minigpt.params import flatten, load
 from minigpt.tracking import Mirror, Tracker
 
 FULL = os.environ.get("TORTURE") == "full"
@@ -31,35 +36,11 @@ def here(tmp_path, monkeypatch):
         if name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking.time, "sleep", lambda seconds: None)  # between the tries of a sync
+    monkeypatch.setattr(tracking, "PAUSE", 0)  # between the tries of a sync
     yield tmp_path
     for name in list(os.environ):  # what the tracking itself has set
         if name.startswith("MLFLOW_"):
             del os.environ[name]
-
-
-@pytest.fixture(scope="session")
-def current_server(tmp_path_factory):
-    """The address of a real MLflow server with basic authentication."""
-    with mlflow_server(sys.executable, tmp_path_factory.mktemp("server")) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def old_server(tmp_path_factory):
-    with mlflow_server(environment(*MLFLOW_2_7_1), tmp_path_factory.mktemp("server")) as url:
-        yield url
-
-
-@pytest.fixture(params=["current_server", "old_server"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def logged_in(monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", TOKEN)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", TOKEN)
 
 
 def write_run(key="a" * 32, steps=2500):
@@ -164,6 +145,7 @@ def test_where_runs_go(here, monkeypatch):
     monkeypatch.setenv("DAGSHUB_REPO", "user/repo")
     assert tracking.store() == "sqlite:////main/workspace/mlflow.db"
     monkeypatch.setenv("DAGSHUB_USER_TOKEN", "secret-token")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of-another-server")
     assert tracking.store() == "https://dagshub.com/user/repo.mlflow"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-token"
     monkeypatch.setenv("DAGSHUB_CLIENT_HOST", "http://127.0.0.1:8080/")
@@ -195,6 +177,7 @@ def test_credentials_leave_the_address_before_anybody_prints_it(here, monkeypatc
     assert tracking.store() == tracking.store() == "https://mlflow.example.com/runs"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "me"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "s@cret"
+    assert Mirror("postgresql://me:s%40cret@db.example.com/runs").place == "postgresql://db.example.com/runs"
     assert "s@cret" not in tracking.reason(ConnectionError("no answer to s@cret\nand more"))
 
 
@@ -229,7 +212,12 @@ def test_a_line_cut_short_is_left_out_and_written_after(here):
     with (journal.folder / "journal.jsonl").open("ab") as file:
         file.write(b"\0\0\xff\n")
     journal.tags({"c": "3"})
-    assert [record["values"] for record in Journal("b" * 32).records()] == [{"a": "1"}, {"b": "2"}, {"c": "3"}]
+    with (journal.folder / "journal.jsonl").open("a") as file:
+        file.write('{"kind": "tags"')  # what a full disk leaves to the same process
+    journal.tags({"d": "4"})
+    assert [record["values"] for record in Journal("b" * 32).records()] == [
+        {n: v} for n, v in zip("abcd", "1234", strict=True)
+    ]
 
 
 def test_the_journal_is_lines_of_json(here):
@@ -300,6 +288,75 @@ def test_a_run_that_was_deleted_in_the_store_stays_deleted(here):
     assert not client.search_runs([run.info.experiment_id])
 
 
+def test_a_run_deleted_while_it_is_trained_stays_deleted(here, capsys):
+    tracker = Tracker("d" * 32)
+    tracker.journal.name("a run")
+    tracker.mirror()
+    client, run = in_store(tracking.store(), "d" * 32)
+    client.delete_run(run.info.run_id)
+    tracker.metrics(1, {"val_loss": 2.0})
+    tracker.mirror()
+    tracker.end("FINISHED", [])
+    assert not client.search_runs([run.info.experiment_id])
+    assert "was deleted there: nothing more is sent" in capsys.readouterr().out
+
+
+def test_an_experiment_deleted_in_the_store_is_named_and_holds_up_no_other(server, here, logged_in, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    name, keys = f"of {uuid.uuid4().hex}", [uuid.uuid4().hex for _ in range(2)]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+    write_run(keys[0], steps=3)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    write_run(keys[1], steps=3)
+    client = MlflowClient(server)
+    number = client.create_experiment(name)
+    client.delete_experiment(number)
+    with pytest.raises(UserError, match=f"'{name}' was deleted there; `mlflow experiments restore .* {number}`"):
+        tracking.sync()
+    check_store(server, keys[1])
+    client.restore_experiment(number)
+    assert tracking.sync() == 2
+    assert client.search_runs([number])[0].info.status == "FINISHED"
+
+
+def test_numbers_that_are_none_arrive_once(server, here, logged_in, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    journal = Journal(uuid.uuid4().hex)
+    journal.name("a run")
+    values = [float("nan"), float("inf"), float("-inf"), 1e300, 0.0]
+    for step, value in enumerate(values):
+        journal.metrics(step, {"val_loss": value})
+    tracking.sync()
+    next(journal.folder.glob("sent-*.json")).unlink()
+    tracking.sync()
+    client, run = in_store(server, journal.key)
+    stored = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, "val_loss"))
+    assert len(stored) == len(values)
+    assert math.isnan(stored[0][1])
+    assert stored[1][1] > 1e308  # a database has no infinity
+    assert [value for _, value in stored[3:]] == values[3:]
+
+
+def test_two_that_sync_at_once_send_each_record_once(current_server, here, logged_in, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", current_server)
+    key = uuid.uuid4().hex
+    write_run(key, steps=1200)
+    sync = [sys.executable, "-m", "minigpt.tracking", "sync"]
+    started = [subprocess.Popen(sync, cwd=here, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    check_store(current_server, key)
+
+
+def test_the_load_goes_on_whatever_the_clock_does(here, monkeypatch):
+    tracker = Tracker("d" * 32)
+    with monkeypatch.context() as ahead:
+        ahead.setattr("minigpt.journal.time.time", lambda: 4e9)
+        tracker.journal.metrics(100, {"system/cpu_utilization_percentage": 50.0})
+    tracker._watch(torch.device("cpu"))
+    tracker._monitor.stop()
+    assert [record["step"] for record in tracker.journal.records()] == [100, 101]
+
+
 def test_clients_that_start_at_once_share_one_store(here):
     code = (
         "import sys; from minigpt.journal import Journal; from minigpt.tracking import Mirror, store\n"
@@ -352,13 +409,14 @@ def test_after_a_fault_anywhere_sync_makes_the_store_equal_the_journal(current_s
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         for after in range(11) if FULL else (2 + FAULTS.index(fault),):
             key = uuid.uuid4().hex
-            write_run(key, steps=1200)
+            write_run(key, steps=600)
             proxy.fault, proxy.after = fault, after
             with pytest.raises(Exception, match=r"."):
                 Mirror(proxy.url).send(Journal(key))
             proxy.fault = None
             tracking.sync()
             check_store(current_server, key)
+            print(f"{fault} after {after} requests: the store equals the journal")
 
 
 @pytest.mark.parametrize("backend", ["sqlite:///store.db", "./mlruns"])
@@ -402,6 +460,34 @@ def test_a_server_that_never_answers_is_waited_for_once(here, monkeypatch, capsy
     assert "not all was taken within 0.5 seconds; `python -m minigpt.tracking sync` sends them" in told[0]
 
 
+def test_a_server_waited_for_in_vain_is_not_waited_for_by_the_next_stage(current_server, here, logged_in, monkeypatch):
+    key, told = uuid.uuid4().hex, []
+    code = (
+        "import sys; from minigpt import tracking; tracking.PATIENCE = 0.5; tracker = tracking.Tracker(sys.argv[1])\n"
+        "tracker.mirror(); tracker.stage(sys.argv[2], {}, {'loss': 1.0})"
+    )
+    with Proxy({"": current_server}) as proxy:
+        proxy.fault = "hang"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        Journal(key).name("a run")
+        for name in ("train", "evaluate", "sample"):
+            ran = python("-c", code, key, name, cwd=here, PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=proxy.url)
+            assert ran.returncode == 0, ran.stderr
+            told.append(ran.stderr)
+        assert [text.count("minigpt.tracking sync") for text in told] == [1, 1, 1]
+        assert "not all was taken within 0.5 seconds" in told[0]
+        assert all("it was away a moment ago, and is not waited for again so soon" in text for text in told[1:])
+
+        proxy.fault = None
+        back = Tracker(key)
+        assert back._sender.patience == tracking.BRIEF
+        back.mirror()
+        while back._sender.patience == tracking.BRIEF:  # what it has taken gives it credit again
+            time.sleep(0.01)
+        check_store(current_server, key)
+        assert Tracker(key)._sender.patience == tracking.PATIENCE
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, project_files):
     """A workspace in which the first stage has been run."""
@@ -425,7 +511,7 @@ def train(folder, uri, **variables):
 
 @pytest.mark.parametrize("fault", ["refuse", *FAULTS, "slow"] if FULL else ["refuse", "hang", "slow"])
 def test_what_a_fault_costs(here, logged_in, monkeypatch, request, fault):
-    """Prints the seconds that a stage spends inside its tracker, over 50 evaluations and the end."""
+    """Prints the seconds that the stages spend inside their trackers, over 50 evaluations and three ends."""
     with Proxy({"": request.getfixturevalue("current_server") if fault == "lose" else ""}) as proxy:
         proxy.fault = fault
         uri = f"http://127.0.0.1:{free_port()}" if fault == "refuse" else proxy.url
@@ -437,9 +523,17 @@ def test_what_a_fault_costs(here, logged_in, monkeypatch, request, fault):
             tracker.metrics(step, {"val_loss": step})
             tracker.mirror()
         tracker.end("FINISHED", [])
-        print(f"{fault}: {time.perf_counter() - began:.2f} s in all")
+        spent = [time.perf_counter() - began]
         assert tracker._sender.patience >= 0
         assert Mirror(uri).missing(tracker.journal) == 52
+        for name in ("evaluate", "sample"):
+            began = time.perf_counter()
+            later = Tracker("c" * 32)
+            later.mirror()
+            later.stage(name, {}, {"loss": 1.0})
+            spent.append(time.perf_counter() - began)
+        assert Mirror(uri).missing(tracker.journal) > 52
+        print(f"{fault}: train {spent[0]:.2f} s, evaluate {spent[1]:.2f} s, sample {spent[2]:.2f} s")
 
 
 def test_no_server_ends_or_changes_a_training(current_server, prepared, logged_in, monkeypatch):
@@ -468,3 +562,43 @@ def test_no_server_ends_or_changes_a_training(current_server, prepared, logged_i
             assert sent.returncode == 0, sent.stderr
             monkeypatch.chdir(prepared)
             check_store(current_server, key)
+
+
+@pytest.mark.parametrize("number", range(10 if FULL else 1))
+def test_queued_experiments_are_whole_runs_in_one_store(tmp_path, project_files, monkeypatch, number):
+    """Eight at a time by two workers, in full, and one beside them; prints how long they took."""
+    folder = make_repository(tmp_path / "repository", project_files)
+    seeds = [str(seed) for seed in range(9 if FULL else 3)]
+    began = time.perf_counter()
+    queued = command("dvc", "exp", "run", "--queue", "-S", f"train.seed={','.join(seeds[1:])}", cwd=folder)
+    assert queued.returncode == 0, queued.stderr
+    assert command("dvc", "queue", "start", "-j", "2", cwd=folder).returncode == 0
+    aside = command("dvc", "exp", "run", "--temp", "-S", "train.seed=0", cwd=folder)
+    assert aside.returncode == 0, aside.stdout + aside.stderr
+    while re.search("Queued|Running", status := command("dvc", "queue", "status", cwd=folder).stdout):
+        time.sleep(2)
+    assert status.count("Success") == len(seeds) - 1, status
+    shown = command("dvc", "exp", "show", "--csv", "--no-pager", cwd=folder).stdout
+    experiments = {row["Experiment"]: row for row in csv.DictReader(shown.splitlines()) if row["Experiment"]}
+    assert sorted(row["train.seed"] for row in experiments.values()) == seeds
+
+    assert list(folder.rglob("mlflow.db")) == [folder / "mlflow.db"]
+    monkeypatch.chdir(folder)
+    client = MlflowClient(tracking.store())
+    runs = client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
+    assert {run.info.run_name for run in runs} == set(experiments)
+    assert len(runs) == len(seeds)
+    settings = load(folder / "params.yaml").model_dump()
+    for run in runs:
+        check_store(tracking.store(), run.data.tags["minigpt.run"])
+        name, row = run.info.run_name, experiments[run.info.run_name]
+        assert run.data.tags["dvc.experiment"] == name
+        settings["train"]["seed"] = int(row["train.seed"])
+        assert run.data.params == {key: str(value) for key, value in flatten(settings).items()}
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["train.val_loss"] == pytest.approx(float(row["val_loss"]), rel=1e-12)
+        assert run.data.metrics["evaluate.val.loss"] == pytest.approx(float(row["val.loss"]), rel=1e-12)
+        assert len(client.get_metric_history(run.info.run_id, "val_loss")) == 4
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert files == {"model", "sample", "train", "params.yaml", "dvc.lock"}
+    print(f"round {number}: {len(seeds)} whole runs of {len(seeds)}, {time.perf_counter() - began:.0f} s")
