@@ -342,7 +342,6 @@ def writing_of_minigpt(options: Options, batch: int, dtype: str, guess: bool = T
 @contender(ONE_TEXT, f"Hugging Face generate, {SETTLED}", who="hf", batch=1)
 @contender(ONE_TEXT, "loop without a cache", who="reference", batch=1)
 @contender("writing 16 texts, characters per second", "Hugging Face generate", who="hf", batch=16)
-@contender("writing 16 texts, characters per second", "loop without a cache", who="reference", batch=16)
 @contender("writing 512 texts, characters per second", "Hugging Face generate", who="hf", batch=512)
 def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
     """A peer of the published size writes: Hugging Face's in bfloat16 where the hardware has it."""

@@ -34,7 +34,8 @@ class Decoding:
         repetition_penalty: what the logits of characters in the context are divided by, or multiplied by where they
             are negative; 1 for none.
         stop: texts; a sample ends before the first of them that it would write.
-        seed: of the choices; sample i of a seed is the same whatever is written beside it.
+        seed: of the choices; sample i of a seed is the same whatever is written beside it, as far as sums are rounded
+            alike (float32 and int8 weights; bfloat16 not always).
         overflow: what happens when the context is full. ``slide`` reads the last block_size - 1 characters anew for
             every further one: each is predicted from the most context that the model was trained with, at the cost of
             a whole forward pass. ``hop`` reads the last half of the context anew and goes on from there. ``roll``, for
@@ -144,7 +145,7 @@ class Generator:
         model: in evaluation mode; its device is used.
         tokenizer: the model's.
         weights: what the model's weights are rounded to.
-        drafts: what one sample alone is written faster with, on a CPU; it changes no character.
+        drafts: what one sample alone is written faster with, on a CPU.
     """
 
     def __init__(

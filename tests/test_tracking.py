@@ -600,5 +600,5 @@ def test_queued_experiments_are_whole_runs_in_one_store(tmp_path, project_files,
         assert run.data.metrics["evaluate.val.loss"] == pytest.approx(float(row["val.loss"]), rel=1e-12)
         assert len(client.get_metric_history(run.info.run_id, "val_loss")) == 4
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert files == {"model", "sample", "train", "params.yaml", "dvc.lock"}
+        assert files == {"model", "evaluate", "sample", "train", "params.yaml", "dvc.lock"}
     print(f"round {number}: {len(seeds)} whole runs of {len(seeds)}, {time.perf_counter() - began:.0f} s")
