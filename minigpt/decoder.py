@@ -22,9 +22,6 @@ from minigpt.ranks import compute_dtype
 STEPS_BEFORE_CAPTURE = 16
 """Characters read one at a time before that is captured as a CUDA graph, which takes as long as some dozen."""
 
-SINGLY = 4
-"""New characters up to which each attends by itself on a CPU, with the same additions as when it comes alone."""
-
 Weights = Literal["float32", "bfloat16", "int8"]
 """What the weights of linear maps are rounded to; float32 stands for the dtype that they have."""
 
@@ -81,7 +78,7 @@ def packed(linear: Linear, weights: Weights) -> Function:
             return by_integers(integers, units, bias)
         weight = integers * units[:, None]
     weight = weight.bfloat16()
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+    if weight.is_cuda or not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return lambda x: F.linear(x, weight, bias)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
@@ -116,7 +113,6 @@ class Place:
         count: characters T.
         first: the slot of the first.
         begin: the slot of the earliest character that any of them looks at.
-        window: how many characters each looks at.
         mask: 0 and -inf, (T, slots looked at); None where all are seen.
         turn: cosines and sines of the rotary angles, each (T, S), the sines' first half negated; None without.
         slot: of one new character, as a tensor (1,) that may change from call to call; then all slots are looked at,
@@ -126,22 +122,9 @@ class Place:
     count: int
     first: int
     begin: int
-    window: int
     mask: Tensor | None
     turn: tuple[Tensor, Tensor] | None
     slot: Tensor | None = None
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Softmax attention of the new characters, (B, H, T, S), to what :meth:`put` gave."""
-        if q.is_cuda or self.mask is None or self.count > SINGLY:
-            return F.scaled_dot_product_attention(q, keys, values, self.mask)
-        rows = []
-        for row in range(self.count):
-            stop = keys.size(2) - self.count + row + 1
-            begin = max(0, stop - self.window)
-            seen = (slots.narrow(2, begin, stop - begin) for slots in (keys, values))
-            rows.append(F.scaled_dot_product_attention(q.narrow(2, row, 1), *seen))
-        return torch.cat(rows, 2)
 
     def put(self, slots: Tensor, new: Tensor) -> Tensor:
         """Write keys or values of the new characters, (B, H, T, S), to their slots; gives all that are looked at."""
@@ -171,7 +154,7 @@ class Layer:
             cos, sin = place.turn
             qk = torch.addcmul(qk * cos, qk.roll(S // 2, -1), sin)
         q, k = qk.unbind()
-        y = place.attend(q, place.put(keys, k), place.put(values, v))
+        y = F.scaled_dot_product_attention(q, place.put(keys, k), place.put(values, v), place.mask)
         x = x + self.out(y.transpose(1, 2).reshape(-1, H * S).to(x.dtype))
         return x + self.down(activate(self.up(self.norm2(x)), self.config.activation))
 
@@ -224,7 +207,7 @@ class Cache:
         """The place of ``count`` new characters."""
         first, begin = self.used, max(0, self.used + 1 - self.window)
         mask = self.mask[first - begin : first - begin + count, : first + count - begin] if count > 1 else None
-        return Place(count, first, begin, self.window, mask, turn)
+        return Place(count, first, begin, mask, turn)
 
 
 class Step:
@@ -251,7 +234,7 @@ class Step:
         near = cache.ids.index_select(1, self.slot + self.taps)[:, None]
         hidden = (self.columns > self.slot) | (self.columns <= self.slot - cache.window)
         mask = torch.zeros_like(self.columns, dtype=cache.kv.dtype).masked_fill(hidden, -torch.inf)[None]
-        place = Place(1, 0, 0, cache.window, mask, cast("tuple[Tensor, Tensor] | None", self.turn), self.slot)
+        place = Place(1, 0, 0, mask, cast("tuple[Tensor, Tensor] | None", self.turn), self.slot)
         return self.decoder.compute(near, self.position, cache, place, 1)
 
     def load(self, ids: Tensor, place: Place) -> None:
