@@ -51,14 +51,14 @@ def read_text(source: Path) -> Iterator[str]:
     last = "\n"
     for path in text_files(source):
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-        position, first = 0, True
+        newlines = io.IncrementalNewlineDecoder(None, translate=True)
+        position, first, returns = 0, True, False
         with path.open("rb") as file:
             while True:
                 data = file.read(CHUNK)
                 position += len(data)
                 try:
-                    text = newlines.decode(data, final=not data)
+                    text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
                     offset = position - len(error.object) + error.start
                     raise UserError(
@@ -68,6 +68,8 @@ def read_text(source: Path) -> Iterator[str]:
                 if b"\0" in data:
                     offset = position - len(data) + data.index(b"\0")
                     raise UserError(f"{path}: a binary file, not text: NUL at byte {offset}")
+                if returns := returns or b"\r" in data:  # up to the first, there is nothing to translate
+                    text = newlines.decode(text, final=not data)
                 if text:
                     if first and last != "\n":
                         yield "\n"
