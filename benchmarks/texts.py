@@ -1,20 +1,28 @@
-"""A large text, and the usual way to encode one; without torch, whose memory would count."""
+"""A large text, and the usual way to encode one; without torch, whose memory would count.
+
+python -m benchmarks.texts TARGET MEGABYTES
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 
 
 def write_mixed(target: Path, megabytes: int) -> None:
-    """Write a text of random Latin and Devanagari letters, about a megabyte (10^6 bytes) at a time."""
+    """Write a text of random Latin and Devanagari letters, 16 different megabytes (10^6 bytes) in turn."""
     draw = np.random.Generator(np.random.Philox(key=[0, 0]))
     latin = np.array(list("abcdefghijklmnopqrstuvwxyz     ,.\n"))
     devanagari = np.array([chr(point) for point in range(0x905, 0x94E)] + [" "] * 9 + ["\n"])
+    parts = [
+        "".join(draw.choice(latin, 400_000)) + "".join(draw.choice(devanagari, 225_000))
+        for _ in range(min(16, megabytes))
+    ]
     with target.open("w", encoding="utf-8") as file:
-        for _ in range(megabytes):
-            file.write("".join(draw.choice(latin, 400_000)) + "".join(draw.choice(devanagari, 225_000)))
+        for number in range(megabytes):
+            file.write(parts[number % len(parts)])
 
 
 def encode_by_dictionary(source: Path, folder: Path) -> None:
@@ -24,3 +32,7 @@ def encode_by_dictionary(source: Path, folder: Path) -> None:
     cut = int(len(text) * 0.9)
     for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
         np.array([ids[character] for character in part], dtype=np.uint16).tofile(folder / name)
+
+
+if __name__ == "__main__":
+    write_mixed(Path(sys.argv[1]), int(sys.argv[2]))
