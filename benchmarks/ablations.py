@@ -67,8 +67,8 @@ def built(name: str, seed: int, text: Path) -> Trainer:
 
         mean: list[Tensor] | None = None
 
-        def _step(self, step: int) -> Tensor:
-            values = super()._step(step)
+        def _step(self, step: int, wish: int = 0) -> Tensor:
+            values = super()._step(step, wish)
             weights = [p.detach() for p in self.model.parameters()]
             if self.mean is None:
                 self.mean = [p.clone() for p in weights]

@@ -1,6 +1,8 @@
 """What a training leaves on disk: the state that it resumes from, and the model that it exports.
 
-Both hold tensors as safetensors and the rest as JSON: nothing is unpickled, so nothing is executed on loading.
+Both hold tensors as safetensors and the rest as JSON: nothing is unpickled, so nothing is executed on loading. A
+sharded model's state is written and read with torch's distributed checkpoint, a file for each process, so that its
+processes must share a disk. Any number of processes, sharded or not, goes on from what any other has saved.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,23 @@ from minigpt.files import replacing, write_json
 from minigpt.model import GPT
 from minigpt.params import Model as Config
 from minigpt.params import Params
+from minigpt.ranks import ALONE, Ranks
 from minigpt.tokenizer import Tokenizer
 
 TRAINING_CODE = ("corpus.py", "model.py", "optimizer.py", "ranks.py", "score.py", "tokenizer.py", "trainer.py")
 """The modules that decide what a training step does; a checkpoint is theirs alone."""
 
 
+SPREAD = {"processes", "parallel", "activation_checkpointing"}
+"""Params of training that say where it is computed, not what; a checkpoint of one value goes on with another."""
+
+
 def fingerprint(params: Params, corpus_digest: str) -> str:
     """What makes two trainings the same: their params, data and code. 16 hexadecimal digits."""
     here = Path(__file__).parent
     code = [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in TRAINING_CODE]
-    facts = [params.model.model_dump(), params.train.model_dump(), corpus_digest, code, torch.__version__]
+    train = params.train.model_dump(exclude=SPREAD)
+    facts = [params.model.model_dump(), train, corpus_digest, code, torch.__version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -102,37 +110,58 @@ class Checkpoints:
             temporary.replace(path)
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])
 
-    def save(self, state: State) -> None:
-        """Write a state; all but the last two are removed."""
-        with replacing(self.folder / f"step-{state.facts['step']:06d}") as folder:
-            _write_tensors(folder / "state.safetensors", state.tensors)
+    def save(self, state: State, ranks: Ranks = ALONE) -> None:
+        """Write a state; all but the last two are removed.
+
+        Args:
+            state: the same in all processes, or this one's part of it.
+            ranks: all must call; only the first writes, unless the state is sharded.
+        """
+        if not ranks.first and not ranks.sharded:
+            return
+        target = self.folder / f"step-{state.facts['step']:06d}"
+        with replacing(target) if ranks.first else nullcontext(target) as folder:
+            if ranks.sharded:
+                _write_parts(ranks.share(folder), state.tensors)
+            else:
+                _write_tensors(folder / "state.safetensors", state.tensors)
+            if not ranks.first:
+                return
             write_json(folder / "state.json", state.facts)
             write_json(folder / "digests.json", {path.name: _digest(path) for path in sorted(folder.iterdir())})
         for old in self._steps()[: -self.KEPT]:
             shutil.rmtree(old)
 
-    def load(self, device: torch.device, shapes: dict[str, torch.Size]) -> tuple[State | None, list[str]]:
+    def load(self, like: dict[str, Tensor], ranks: Ranks = ALONE) -> tuple[State | None, list[str]]:
         """The newest state that is whole, and a line on each that is not.
 
         Args:
-            device: where its tensors are put.
-            shapes: of tensors that the state must have, by name.
+            like: the tensors that a state has, by name: their shapes, devices and shards.
+            ranks: all must call, and all get the state that the first has found.
         """
+        found: tuple[Path, State] | None = None
         damaged: list[str] = []
-        for folder in reversed(self._steps()):
+        for folder in reversed(self._steps() if ranks.first else []):
             try:
                 digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-                for name in ("state.json", "state.safetensors"):
-                    if _digest(folder / name) != digests[name]:
+                if set(digests) != {path.name for path in folder.iterdir()} - {"digests.json"}:
+                    raise ValueError("its files are not those that were recorded")
+                for name, digest in digests.items():
+                    if _digest(folder / name) != digest:
                         raise ValueError(f"{name} does not have its recorded digest")
                 facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                tensors = load_file(folder / "state.safetensors", str(device))
-                if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape]:
-                    raise ValueError(f"{wrong[0]} has another shape than the model's")
-                return State(tensors, facts), damaged
+                found = folder, State({} if ranks.sharded else _read_tensors(folder, like), facts)
+                break
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged.append(f"{folder}: damaged, passed over: {error}")
-        return None, damaged
+        place, damaged = ranks.share((found and (found[0], found[1].facts), damaged))
+        if place is None:
+            return None, damaged
+        if ranks.sharded:
+            return State(_read_parts(place[0], like), place[1]), damaged
+        tensors = found[1].tensors if found else {name: torch.empty_like(value) for name, value in like.items()}
+        ranks.spread(tensors[name] for name in like)
+        return State(tensors, place[1]), damaged
 
     def others(self) -> int:
         """How many other unfinished trainings have states here."""
@@ -158,6 +187,44 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         plain[name] = here.clone() if here.data_ptr() in seen else here
         seen.add(here.data_ptr())
     path.write_bytes(save(plain))
+
+
+def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state, whole, on the devices of ``like``."""
+    if (folder / "state.safetensors").exists():
+        read = load_file(folder / "state.safetensors")
+        tensors = {name: read[name].to(value.device) for name, value in like.items()}
+    else:
+        tensors = _read_parts(folder, like, alone=True)
+    if wrong := [name for name, value in like.items() if tensors[name].shape != value.shape]:
+        raise ValueError(f"{wrong[0]} has another shape than the model's")
+    return tensors
+
+
+def _write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what this process holds of the tensors; all processes must."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
+    save_parts(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _read_parts(folder: Path, like: dict[str, Tensor], alone: bool = False) -> dict[str, Tensor]:
+    """The tensors of a state, of sharded ones this process's part; all processes must, unless one is ``alone``.
+
+    Raises:
+        ValueError: the state is not of tensors like these.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+
+    tensors = {name: torch.empty_like(value) for name, value in like.items()}
+    try:
+        load_parts(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    return tensors
 
 
 def _digest(path: Path) -> str:

@@ -1,11 +1,23 @@
-"""What ends a program on purpose: a user's mistake, or a signal. Neither shows a traceback."""
+"""What ends a program on purpose: a user's mistake, or a signal. Neither shows a traceback.
+
+Of a job of several processes, the one that failed first speaks: the others hold back until torchrun ends them.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import platform
 import sys
+import time
+import traceback
 from collections.abc import Callable
+
+HOLD_BACK = 2.0
+"""Seconds in which torchrun ends the other processes of a job once one has failed."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+"""What a full or forbidden disk answers."""
 
 
 class UserError(Exception):
@@ -25,12 +37,20 @@ class Interrupted(Exception):  # noqa: N818 - it is none
         self.signum = signum
 
 
+class PeerLost(Exception):  # noqa: N818 - it is another's error
+    """Another process of the job has failed, or can no longer be reached."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` as a program: mistakes and signals end in one line on standard error and an exit code."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    who = "" if world == 1 else f"rank {rank} of {world}, on {platform.node()}: "
     try:
         main()
     except UserError as error:
-        print(f"minigpt: {error}", file=sys.stderr)
+        if rank:  # most likely the first process has made the same mistake, and says so
+            time.sleep(HOLD_BACK)
+        print(f"minigpt: {who if rank else ''}{error}", file=sys.stderr)
         if "DVC_STAGE" in os.environ:
             print(
                 "minigpt: DVC kept the outputs of the last good run; `dvc checkout dvc.yaml` brings them back",
@@ -38,14 +58,27 @@ def run(main: Callable[[], None]) -> None:
             )
         sys.exit(1)
     except Interrupted as stop:
-        print(f"minigpt: {stop}", file=sys.stderr)
+        if not rank:
+            print(f"minigpt: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
+    except PeerLost as error:
+        time.sleep(HOLD_BACK)
+        print(
+            f"minigpt: {who}another process has failed or cannot be reached, so this one ends: {error}; "
+            "run the same again, and it goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("minigpt: interrupted", file=sys.stderr)
+        if not rank:
+            print("minigpt: interrupted", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            where = f" {error.filename}" if error.filename else ""
+            print(f"minigpt: {who}cannot write{where}: {error.strerror}", file=sys.stderr)
+            sys.exit(1)
+        if world == 1:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"minigpt: cannot write{where}: {error.strerror}", file=sys.stderr)
+        print(f"minigpt: {who}failed\n{traceback.format_exc()}", file=sys.stderr, end="")
         sys.exit(1)

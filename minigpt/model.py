@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigpt.params import Model as Config
 
@@ -266,6 +267,8 @@ class GPT(nn.Module):
 
     Attributes:
         compute_dtype: what activations are computed in; None for the dtype of the weights.
+        checkpointing: in training, keep only each block's input and compute the rest anew for the gradient (Chen et
+            al. 2016): a third more work, and of the activations' memory what one block takes.
     """
 
     mask: Tensor
@@ -277,6 +280,7 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.compute_dtype: torch.dtype | None = None
+        self.checkpointing = False
         C, T = config.n_embd, config.block_size
         self.embedding = nn.Embedding(vocab_size, C)
         if config.positions == "learned":
@@ -348,7 +352,10 @@ class GPT(nn.Module):
         if self.config.positions == "rotary":
             cos_sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
         for block in self.blocks:
-            x = block(x, mask, cos_sin)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, mask, cos_sin, use_reentrant=False)
+            else:
+                x = block(x, mask, cos_sin)
         logits: Tensor = self.head(self.norm(x))
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from minigpt.model import GPT
 from minigpt.params import Train
+from minigpt.ranks import local, part, sharded_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")."""
+
+TOGETHER = 1 << 26
+"""Numbers of the matrices that are orthogonalised in one batch, at most, unless one has more."""
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -50,7 +54,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by the same amount in all its directions (Jordan et al. 2024).
 
-    Matrices of one shape are orthogonalised together, in one batch.
+    Matrices of one shape are orthogonalised together. Of sharded ones each process keeps the momentum of its part;
+    the matrices are put together batch by batch, and all processes orthogonalise them.
 
     Args:
         matrices: parameters of two dimensions, each with the number of equal maps stacked in its rows, which are
@@ -77,9 +82,11 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         pairs = list(matrices)
         self._parts = [parts for _, parts in pairs]
+        self._matrices = [matrix for matrix, _ in pairs]
         self._dtype = dtype
-        super().__init__([p for p, _ in pairs], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for p, _ in pairs:
+        own = [local(matrix) for matrix in self._matrices]
+        super().__init__(own, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in own:
             self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -102,23 +109,28 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
         """The updates as :func:`orthogonalize` makes them, scaled by sqrt(max(1, rows / columns))."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
-        for index, (update, parts) in enumerate(zip(updates, self._parts, strict=True)):
-            shapes.setdefault((update.size(0) // parts, update.size(1), update.size(0)), []).append(index)
+        for index, (matrix, parts) in enumerate(zip(self._matrices, self._parts, strict=True)):
+            shapes.setdefault((matrix.size(0) // parts, matrix.size(1), matrix.size(0)), []).append(index)
         result = list(updates)
-        for (rows, columns, height), members in shapes.items():
-            stacked = torch.stack([updates[index] for index in members]).to(self._dtype)
-            batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
-            batch = batch.view(-1, height, columns).to(updates[members[0]].dtype)
-            for index, direction in zip(members, batch.unbind(), strict=True):
-                result[index] = direction
+        for (rows, columns, height), alike in shapes.items():
+            size = max(1, TOGETHER // (height * columns))
+            for members in (alike[first : first + size] for first in range(0, len(alike), size)):
+                own = [sharded_like(updates[index], self._matrices[index]) for index in members]
+                stacked = torch.stack([whole(update) for update in own]).to(self._dtype)
+                batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
+                batch = batch.view(-1, height, columns).to(updates[members[0]].dtype)
+                for index, direction in zip(members, batch.unbind(), strict=True):
+                    result[index] = part(direction, self._matrices[index])
         return result
 
 
 class Optimizers:
     """The optimizers of a model, stepped as one.
 
+    Of a sharded model, they hold and update this process's part of each weight.
+
     Args:
-        model: what is trained.
+        model: what is trained, on its devices.
         train: the section ``train`` of the params.
         dtype: of Muon's iteration.
     """
@@ -126,21 +138,33 @@ class Optimizers:
     def __init__(self, model: GPT, train: Train, dtype: torch.dtype) -> None:
         self.train = train
         betas = (train.beta1, train.beta2)
+        params = list(model.parameters())
         self.all: list[torch.optim.Optimizer] = []
+        self._weights: dict[Tensor, Tensor] = {}
         if train.optimizer == "muon":
-            matrices = {p for p, _ in model.matrices()}
-            rest = [p for p in model.parameters() if p not in matrices]
-            self.all.append(Muon(model.matrices(), train.learning_rate, train.momentum, train.weight_decay, dtype))
+            matrices = list(model.matrices())
+            muon = Muon(matrices, train.learning_rate, train.momentum, train.weight_decay, dtype)
+            self.all.append(muon)
+            self._weights |= zip(muon.param_groups[0]["params"], (matrix for matrix, _ in matrices), strict=True)
+            rest = [p for p in params if p not in set(self._weights.values())]
             groups: list[dict[str, Any]] = [{"params": rest, "lr": train.adam_learning_rate, "weight_decay": 0.0}]
         else:
-            decayed = [p for p in model.parameters() if p.ndim >= 2]
-            others = [p for p in model.parameters() if p.ndim < 2]
+            decayed = [p for p in params if p.ndim >= 2]
+            others = [p for p in params if p.ndim < 2]
             groups = [
                 {"params": decayed, "lr": train.learning_rate, "weight_decay": train.weight_decay},
                 {"params": others, "lr": train.learning_rate, "weight_decay": 0.0},
             ]
         groups = [group for group in groups if group["params"]]
-        self.all.append(torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True))
+        for group in groups:
+            own = {local(p): p for p in group["params"]}
+            self._weights |= own
+            group["params"] = list(own)
+        adam = torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
+        self.all.append(adam)
+        for p in (p for group in groups for p in group["params"]):  # what its first step would make
+            means = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[p] = {"step": torch.zeros((), device=p.device, dtype=torch.float32), **means}
         for group in self._groups():
             group["peak"] = group["lr"]
 
@@ -149,6 +173,9 @@ class Optimizers:
         share = learning_rate(step, self.train)
         for group in self._groups():
             group["lr"] = group["peak"] * share
+        for own, weight in self._weights.items():
+            if own is not weight:
+                own.grad = None if weight.grad is None else local(weight.grad)
         for one in self.all:
             one.found_inf = found_inf  # type: ignore[attr-defined]
             one.step()
@@ -158,13 +185,15 @@ class Optimizers:
             yield from one.param_groups
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by a name that stays the same: ``0.12.exp_avg``."""
-        return {
-            f"{number}.{index}.{name}": value
-            for number, one in enumerate(self.all)
-            for index, state in one.state_dict()["state"].items()
-            for name, value in state.items()
-        }
+        """Every tensor of the state, sharded as its weight is, by a name that stays the same: ``0.12.exp_avg``."""
+        tensors = {}
+        for number, one in enumerate(self.all):
+            own = [p for group in one.param_groups for p in group["params"]]
+            for index, state in one.state_dict()["state"].items():
+                for name, value in state.items():
+                    like = self._weights[own[index]] if value.ndim else value
+                    tensors[f"{number}.{index}.{name}"] = sharded_like(value, like)
+        return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
@@ -174,5 +203,5 @@ class Optimizers:
             for key, value in tensors.items():
                 which, index, name = key.split(".")
                 if int(which) == number:
-                    state["state"].setdefault(int(index), {})[name] = value
+                    state["state"].setdefault(int(index), {})[name] = local(value)
             one.load_state_dict(state)

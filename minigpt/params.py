@@ -82,6 +82,9 @@ class Train(Section):
     max_iters: CountOrZero
     batch_size: Count
     grad_accum: Count
+    processes: Count
+    parallel: Literal["ddp", "fsdp"]
+    activation_checkpointing: bool
     optimizer: Literal["adamw", "muon"]
     learning_rate: NotNegative
     adam_learning_rate: NotNegative
@@ -106,6 +109,17 @@ class Train(Section):
         if batch_size % grad_accum:
             raise ValueError(f"must divide batch_size into equal parts: {batch_size} is no multiple of {grad_accum}")
         return grad_accum
+
+    @field_validator("processes")
+    @classmethod
+    def _shared_equally(cls, processes: int, info: ValidationInfo) -> int:
+        grad_accum = info.data.get("grad_accum", processes)
+        if grad_accum % processes:
+            raise ValueError(
+                f"{processes} processes share a step's train.grad_accum parts equally, and {grad_accum} is no multiple "
+                f"of {processes}: set train.grad_accum to {processes} as well"
+            )
+        return processes
 
 
 class Evaluate(Section):

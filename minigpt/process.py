@@ -1,6 +1,8 @@
 """How a process uses its CPU: which cores its threads run on, and how it keeps its memory.
 
 Call :func:`settle` before torch is imported. MINIGPT_CPU=off leaves both as the system has them.
+
+Processes that train at once share the cores out: those of one job, and the workers of DVC's queue.
 """
 
 from __future__ import annotations
@@ -26,28 +28,92 @@ def settle(alert: bool = False) -> None:
         alert: threads never sleep between two pieces of work. For writing, whose pieces take some microseconds each,
             that is a third faster; it keeps all cores busy for as long as the process lives.
     """
+    keep_to_share()
     if os.environ.get("MINIGPT_CPU") == "off":
         return
     place_threads(alert)
     keep_memory()
 
 
+def cores() -> list[int]:
+    """The cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def keep_to_share() -> None:
+    """Keep to this process's share of the cores: as a worker of DVC's queue, and as one process of a job.
+
+    Where there are fewer cores than processes, the system places them.
+    """
+    if os.environ.get("MINIGPT_CPU") == "off" or not hasattr(os, "sched_setaffinity"):
+        return
+    place = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for index, count in (place,) if "LOCAL_RANK" in os.environ else (queue_worker(), place):
+        here = cores()
+        if 1 < count <= len(here):
+            each = len(here) // count
+            os.sched_setaffinity(0, here[index * each : (index + 1) * each])
+
+
+def queue_worker() -> tuple[int, int]:
+    """Which of how many workers of DVC's queue has started this process; (0, 1) if none has.
+
+    `dvc queue start -j N` starts processes `dvc exp queue-worker dvc-exp-<queue>-<number>@<host>`.
+    """
+    workers = {}
+    try:
+        for entry in Path("/proc").iterdir() if "DVC_STAGE" in os.environ else ():
+            words = _words(entry) if entry.name.isdigit() else []
+            if "queue-worker" in words[:-1]:
+                workers[int(entry.name)] = words[words.index("queue-worker") + 1].partition("@")[0]
+    except OSError:  # there is no such file system but on Linux
+        return 0, 1
+    pid = os.getpid()
+    while pid > 1 and pid not in workers:
+        pid = _parent(pid)
+    if pid not in workers:
+        return 0, 1
+    queue = workers[pid].rpartition("-")[0]
+    fellows = sorted({name for name in workers.values() if name.rpartition("-")[0] == queue})
+    return fellows.index(workers[pid]), len(fellows)
+
+
+def _words(process: Path) -> list[str]:
+    """The command line of a process; empty if it has just ended."""
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _parent(pid: int) -> int:
+    """The process that started ``pid``; 0 if it has just ended."""
+    try:
+        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def place_threads(alert: bool = False) -> None:
     """Bind one thread to each core, so that no two share one and stall at every barrier.
 
-    Only one process of a user can have the cores so. One that comes beside it leaves its threads unbound and lets
+    Only one process of a user can have a core so. One that comes beside it leaves its threads unbound and lets
     them sleep while they wait. A placement that OpenMP has been told of already stays.
     """
     if {"OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY"} & set(os.environ):
         return
-    lock = os.open(Path(tempfile.gettempdir()) / f"minigpt-cores-{os.getuid()}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    locks: list[int] = []
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for core in cores():
+            name = f"minigpt-core-{core}-{os.getuid()}.lock"
+            locks.append(os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR, 0o600))
+            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(lock)
+        for lock in locks:
+            os.close(lock)
         os.environ["OMP_WAIT_POLICY"] = "passive"
         return
-    _held.append(lock)
+    _held.extend(locks)
     os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | ({"OMP_WAIT_POLICY": "active"} if alert else {})
 
 

@@ -1,16 +1,40 @@
-"""The processes of one job: what torchrun says of them, their device, and sums over all of them."""
+"""The processes of one job: their places, their devices, what each holds of the model, and sums over all of them.
+
+torchrun starts them, or :mod:`minigpt.launcher` with torchrun's own agent; both say who is who in the environment.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from minigpt.errors import UserError
+from minigpt.errors import PeerLost, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from minigpt.model import GPT
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds that a process waits for the others before it gives them up; MINIGPT_PEER_SECONDS goes before.
+
+It must be longer than the first process takes to write a checkpoint, for which the others wait.
+"""
+
+GLOO = "gloo/"
+"""What errors say, in a path, when another process failed on a CPU; those of NCCL and the store have a class."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +45,13 @@ class Ranks:
         rank: this process, in [0, world).
         world: how many processes there are.
         device: where this process computes.
+        sharded: each holds a part of every weight (FSDP2), not all of them (DDP).
     """
 
     rank: int
     world: int
     device: torch.device
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -36,11 +62,36 @@ class Ranks:
         """The micro-batches of a step that are this process's, of ``grad_accum`` over all processes."""
         return range(self.rank, grad_accum, self.world)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """``model``, or, with several processes, one that averages gradients over them (DDP)."""
+    def wrap(self, model: GPT) -> nn.Module:
+        """``model`` on the device, and, with several processes, so that gradients are averaged over them.
+
+        A sharded model keeps its class, and is sharded in place, block by block: only one block at a time is whole.
+        """
         if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(model)
+            return model.to(self.device)
+        if not self.sharded:
+            return nn.parallel.DistributedDataParallel(model.to(self.device), broadcast_buffers=False)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = MixedPrecisionPolicy()
+        if model.compute_dtype and not model.config.norm_affine:
+            # A block's maps compute in this dtype anyhow; put together in it, they are half the traffic.
+            policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def unsynced(self, parallel: nn.Module, unsynced: bool) -> AbstractContextManager[None]:
+        """Leave gradients to themselves inside, where ``unsynced``: a later micro-batch will average their sum."""
+        if self.world == 1:
+            return nullcontext()
+        if self.sharded:
+            parallel.set_requires_gradient_sync(not unsynced)  # type: ignore[operator]
+            return nullcontext()
+        return parallel.no_sync() if unsynced else nullcontext()  # type: ignore[operator]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all processes, in place."""
@@ -56,9 +107,81 @@ class Ranks:
         distributed.all_reduce(greatest, distributed.ReduceOp.MAX)
         return int(greatest.item())
 
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of the whole gradient, of which each process of a sharded model gives its parts."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return self.sum(norm * norm).sqrt() if self.sharded else norm
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    def share(self, value: T) -> T:
+        """The first process's ``value``, in all."""
+        if self.world == 1:
+            return value
+        values: list[Any] = [value]
+        distributed.broadcast_object_list(values, src=0, device=self.device)
+        return cast("T", values[0])
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite ``tensors`` with the first process's, in all."""
+        for tensor in tensors if self.world > 1 else ():
+            here = tensor.to(self.device)
+            distributed.broadcast(here, src=0)
+            tensor.copy_(here)
+
+    def lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
+        """The items; of a sharded model's process, as many in each: None stands for what it has less than another.
+
+        Every process must compute as often as the others: each time, they put the weights together.
+        """
+        if not self.sharded:
+            yield from items
+            return
+        own = iter(items)
+        while True:
+            item = next(own, None)
+            if not self.any(item is not None):
+                return
+            yield item
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A job of one process, where no device matters."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view of its part if it is sharded, else all of it."""
+    return cast("DTensor", tensor.detach()).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sharded_like(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor, sharded as ``like`` is, of which ``part`` is here; of a tensor that is not sharded, ``part``."""
+    if not hasattr(like, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, shards = cast("DTensor", like).device_mesh, cast("DTensor", like).placements
+    return DTensor.from_local(part, mesh, shards, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, put together from its parts; every process must ask for it."""
+    return cast("DTensor", tensor.detach()).full_tensor() if hasattr(tensor, "to_local") else tensor
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor, what this process would hold if it were sharded as ``like`` is."""
+    if not hasattr(like, "to_local"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, shards = cast("DTensor", like).device_mesh, cast("DTensor", like).placements
+    return distribute_tensor(tensor, mesh, shards, src_data_rank=None).to_local()
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device for ``train.device``: ``auto`` is a CUDA device when there is one, else the CPU.
+
+    Of several CUDA devices, each process of a job takes the one of its ``local_rank``; a process alone takes the
+    first that no other process of this project uses, so that queued experiments do not meet on one.
 
     Raises:
         UserError: CUDA is asked for and absent.
@@ -67,12 +190,33 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name.partition(":")[2] or local_rank)
+        if named := name.partition(":")[2]:
+            index = int(named)
+        else:
+            index = local_rank if local_rank is not None else free_device(count)
         if index >= count:
             raise UserError(f"train.device: {name} is asked for, but {count} CUDA devices are here; set it to auto")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device("cpu")
+
+
+_held: list[int] = []
+
+
+def free_device(count: int) -> int:
+    """The first CUDA device that no process of this user has taken here, from now on taken; 0 if all are."""
+    for index in range(count if count > 1 else 0):
+        name = f"minigpt-{torch.cuda.get_device_properties(index).uuid}-{os.getuid()}.lock"
+        lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        _held.append(lock)
+        return index
+    return 0
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -88,25 +232,40 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def join(device: str, grad_accum: int) -> Iterator[Ranks]:
+def join(device: str, grad_accum: int, parallel: str = "ddp") -> Iterator[Ranks]:
     """Take this process's place in the job that torchrun started, or be a job of one.
 
     Args:
         device: ``train.device``.
         grad_accum: micro-batches of a step, which the processes share equally.
+        parallel: ``train.parallel``: ddp or fsdp.
 
     Raises:
         UserError: the processes cannot share the micro-batches, or the device is absent.
+        PeerLost: another process has failed, or can no longer be reached.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if grad_accum % world:
-        raise UserError(f"train.grad_accum: {grad_accum} micro-batches cannot be shared equally by {world} processes")
-    ranks = Ranks(rank, world, choose_device(device, int(os.environ.get("LOCAL_RANK", "0"))))
+        raise UserError(
+            f"train.grad_accum: {grad_accum} micro-batches cannot be shared equally by {world} processes; "
+            f"set it to a multiple of {world}"
+        )
     if world == 1:
-        yield ranks
+        yield Ranks(0, 1, choose_device(device))
         return
-    distributed.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo")
+    if ":" in device:
+        raise UserError(f"train.device: {device} is one device, for {world} processes; set it to cuda")
+    here = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    seconds = float(os.environ.get("MINIGPT_PEER_SECONDS", PATIENCE))
+    cuda = here.type == "cuda"
     try:
-        yield ranks
-    finally:
-        distributed.destroy_process_group()
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(seconds=seconds), device_id=here if cuda else None
+        )
+        yield Ranks(rank, world, here, parallel == "fsdp")
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or GLOO in str(error):
+            raise PeerLost(str(error).strip().splitlines()[0]) from error
+        raise
+    # Not after an error: with NCCL it would wait for those that are gone.
+    distributed.destroy_process_group()

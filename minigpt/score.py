@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minigpt.corpus import Split, Sweep
 from minigpt.model import GPT
-from minigpt.ranks import Ranks
+from minigpt.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def score(
     split: Split,
     stride: int | None = None,
     max_chars: int | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     *,
     watch: Callable[[Sweep, Tensor, Tensor], None] | None = None,
 ) -> Score:
@@ -98,8 +98,11 @@ def score(
     model.eval()
     block_size = model.config.block_size
     totals = torch.zeros(6, dtype=torch.float64, device=split.tokens.device)
-    share = (ranks.rank, ranks.world) if ranks else (0, 1)
-    for part in split.sweep(block_size, stride or block_size, max_chars, share):
+    parts = split.sweep(block_size, stride or block_size, max_chars, (ranks.rank, ranks.world))
+    for part in ranks.lockstep(parts):
+        if part is None:
+            model(torch.zeros(1, 1, dtype=torch.int64, device=totals.device))
+            continue
         logits = model(part.ids)
         nats = cross_entropy(logits, part.targets, reduction="none").view(part.targets.shape)
         sums = nats[:, part.skip :].double().sum(1)
@@ -108,8 +111,7 @@ def score(
         totals += torch.stack(products).sum(1)
         if watch:
             watch(part, logits, nats)
-    if ranks:
-        ranks.sum(totals)
+    ranks.sum(totals)
     model.train(training)
     nats_sum, count, nats_squared, mixed, count_squared, windows = totals.tolist()
     loss = nats_sum / count

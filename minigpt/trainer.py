@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from minigpt.errors import Interrupted, UserError
 from minigpt.model import GPT
 from minigpt.optimizer import Optimizers, learning_rate
 from minigpt.params import Params
-from minigpt.ranks import Ranks, compute_dtype
+from minigpt.ranks import Ranks, compute_dtype, local, whole
 from minigpt.score import cross_entropy, score
 
 CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
@@ -32,6 +32,9 @@ CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
 
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
 """What may stand between DVC and the stage that it runs."""
+
+NOTHING, SAVE, STOP = 0, 1, 2
+"""What a process wishes after a step. Only the first wishes to save, so that any sum from STOP on is to stop."""
 
 COMPILE_STEPS = 2000
 """From this many steps on, compiling for a GPU is taken to pay for the minute that it takes."""
@@ -107,6 +110,18 @@ class LateReader:
         return taken[0], taken[1].tolist()
 
 
+class Due:
+    """When the next checkpoint is due, so many seconds or steps after that of ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step + int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
+        self._time = time.monotonic() + float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
+
+    def at(self, step: int) -> bool:
+        """Whether it is, after so many steps."""
+        return step >= self._step or time.monotonic() >= self._time
+
+
 class Stopwatch:
     """Seconds of training: it stands still while the training is evaluated or saved.
 
@@ -157,8 +172,9 @@ class Trainer:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
         dtype = compute_dtype(self.train.dtype, ranks.device)
-        self.model = GPT(params.model, corpus.tokenizer.vocab_size).to(ranks.device)
+        self.model = GPT(params.model, corpus.tokenizer.vocab_size)
         self.model.compute_dtype = dtype
+        self.model.checkpointing = self.train.activation_checkpointing
         self.parallel = ranks.wrap(self.model)
         how = self.train.compile
         self.compiled = how == "always" or (
@@ -183,12 +199,11 @@ class Trainer:
         self._resume()
         train, facts, late = self.train, self.facts, LateReader()
         log_interval = max(1, train.eval_interval // 10)
-        seconds = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
-        steps = int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
-        saved_at, saved_step = time.monotonic(), facts["step"]
+        due = Due(facts["step"])
         clock = self.clock = Stopwatch(facts["train_seconds"])
         logged_at = clock.seconds
         losses: list[float] = []
+        wish = NOTHING
         with Signals() as signals, self._bar() as bar:
             if self.compiled and facts["step"] < train.max_iters:
                 with clock.paused():
@@ -202,23 +217,27 @@ class Trainer:
                         self._evaluate(step, bar)
                 if last or (train.patience and facts["since_best"] >= train.patience):
                     break
-                self._read(late.exchange(step, self._step(step)), losses)
+                agreed = self._read(late.exchange(step, self._step(step, wish)), losses)
                 facts["step"] = step + 1
                 bar.update()
                 if len(losses) >= log_interval:
                     self._log(step + 1, losses, clock.seconds - logged_at, bar)
                     logged_at = clock.seconds
                     losses.clear()
-                stop = self.ranks.any(signals.first())
-                if stop or time.monotonic() - saved_at >= seconds or step + 1 - saved_step >= steps:
-                    self._read(late.exchange(step, None), losses)
+                wish = STOP if signals.first() else SAVE if self.ranks.first and due.at(step + 1) else NOTHING
+                if self.ranks.world == 1:
+                    agreed = wish
+                if agreed:
+                    agreed = max(agreed, self._read(late.exchange(step, None), losses))
                     with clock.paused():
                         self._save()
-                    saved_at, saved_step = time.monotonic(), step + 1
-                if stop:
-                    why = "DVC has ended" if stop == signal.SIGHUP else f"stopped by {signal.Signals(stop).name}"
-                    raise Interrupted(stop, f"{why}; saved after step {step + 1}: run the same again, and it goes on")
-        return Outcome(self.best, facts["history"], self._metrics())
+                    due, wish = Due(step + 1), NOTHING
+                if agreed >= STOP:
+                    signum = self.ranks.any(signals.first())
+                    why = "DVC has ended" if signum == signal.SIGHUP else f"stopped by {signal.Signals(signum).name}"
+                    raise Interrupted(signum, f"{why}; saved after step {step + 1}: run the same again, and it goes on")
+        weights = {name: whole(value) for name, value in self.best.items()}
+        return Outcome(weights, facts["history"], self._metrics())
 
     def describe(self) -> str:
         """The training in one line, for people."""
@@ -248,7 +267,8 @@ class Trainer:
             why = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
             if self.train.compile == "always":
                 raise UserError(f"train.compile: {why}; set it to auto or never") from None
-            tqdm.write(f"minigpt: {why}; goes on without")
+            if self.ranks.first:
+                tqdm.write(f"minigpt: {why}; goes on without")
             self.logits, self.compiled = self.parallel, False
         self.model.zero_grad(set_to_none=True)
 
@@ -264,22 +284,20 @@ class Trainer:
             torch.manual_seed(micro_seed(train.seed, step, micro))
             if train.token_dropout:
                 ids = corrupt(ids, train.token_dropout, self.model.vocab_size)
-            unsynced = self.ranks.world > 1 and micro != mine[-1]
-            with self.parallel.no_sync() if unsynced else nullcontext():  # type: ignore[operator]
+            with self.ranks.unsynced(self.parallel, micro != mine[-1]):
                 loss = cross_entropy(self.logits(ids), targets)
                 (loss / len(mine)).backward()
             total += loss.detach() / train.grad_accum
         return total
 
-    def _step(self, step: int) -> Tensor:
-        """One optimizer step; gives (loss, norm of the gradient), read later."""
-        train = self.train
+    def _step(self, step: int, wish: int = NOTHING) -> Tensor:
+        """One optimizer step; gives (loss, norm of the gradient, sum of the processes' wishes), read later."""
         total = self._gradient(step)
-        self.ranks.sum(total)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if train.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), train.grad_clip, norm)
+        total, wishes = self.ranks.sum(torch.stack((total, torch.full_like(total, wish)))).unbind()
+        grads = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = self.ranks.norm(grads)
+        if self.train.grad_clip:
+            torch._foreach_mul_(grads, (self.train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         finite = torch.isfinite(total + norm)
         if finite.is_cuda:
             # Once set it stays set: no later step may touch the weights before the host has seen it.
@@ -288,13 +306,13 @@ class Trainer:
         elif finite:
             self.optimizers.step(step)
         self.model.zero_grad(set_to_none=True)
-        return torch.stack((total, norm))
+        return torch.stack((total, norm, wishes))
 
-    def _read(self, arrived: tuple[int, list[float]] | None, losses: list[float]) -> None:
-        """Take in what a step gave; stop where it is not finite."""
+    def _read(self, arrived: tuple[int, list[float]] | None, losses: list[float]) -> int:
+        """Take in what a step gave, and stop where it is not finite; gives the sum of the processes' wishes."""
         if arrived is None:
-            return
-        step, (loss, norm) = arrived
+            return NOTHING
+        step, (loss, norm, wishes) = arrived
         if not math.isfinite(loss + norm):
             kept = self.facts.get("saved_step", 0)
             raise UserError(
@@ -304,6 +322,7 @@ class Trainer:
             )
         losses.append(loss)
         self.facts["grad_norm"] = norm
+        return int(wishes)
 
     def _evaluate(self, step: int, bar: tqdm[Any]) -> None:
         """Score both splits; keep the weights if they are the best so far."""
@@ -354,19 +373,20 @@ class Trainer:
 
     def _save(self) -> None:
         self.facts |= {"saved_step": self.facts["step"], "train_seconds": self.clock.seconds}
-        if not self.ranks.first:
-            return
         if self.observer:
             self.observer.mirror()  # what was told must not be younger on the disk than the state
-        tensors = {f"weights.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}
-        self.checkpoints.save(State(tensors, self.facts))
+        self.checkpoints.save(State(self._tensors(), self.facts), self.ranks)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state's tensors: weights, best weights, optimizers."""
+        weights = self.model.state_dict()
+        tensors = {f"weights.{name}": value for name, value in weights.items()}
+        tensors |= {f"best.{name}": value for name, value in (self.best or weights).items()}
+        return tensors | {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, and say so."""
-        shapes = {f"weights.{name}": value.shape for name, value in self.model.state_dict().items()}
-        state, lines = self.checkpoints.load(self.ranks.device, shapes)
+        state, lines = self.checkpoints.load(self._tensors(), self.ranks)
         if state:
             self.model.load_state_dict(_named(state.tensors, "weights."))
             self.best = _named(state.tensors, "best.")
@@ -448,14 +468,18 @@ class Signals:
 
 
 def starters() -> list[int]:
-    """The process that runs this stage for DVC, through the shell between them; empty where there is no DVC."""
+    """The processes that this one hangs on: torchrun's agent, and DVC with the shell between them; none: empty."""
+    chain = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
     if "DVC_STAGE" not in os.environ:
-        return []
-    chain = [os.getppid()]
-    proc = Path("/proc") / str(chain[0])
+        return chain
     try:
-        if (proc / "comm").read_text().strip() in SHELLS:
-            chain.append(int((proc / "stat").read_text().rpartition(")")[2].split()[1]))
+        chain.append(_parent(chain[0]) if chain else os.getppid())
+        if (Path("/proc") / str(chain[-1]) / "comm").read_text().strip() in SHELLS:
+            chain.append(_parent(chain[-1]))
     except OSError:  # no such file system, or the process has just ended: its own id is told all the same
         return chain
     return chain
+
+
+def _parent(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])

@@ -3,7 +3,8 @@
     python -m stages.train        data/prepared -> models/gpt, results/train/{history.csv,metrics.json,run.json}
     torchrun --nproc-per-node 2 -m stages.train
 
-Killed at any moment, it goes on from its last checkpoint when it is run again.
+With train.processes above 1, the first is the second with that many processes. Killed at any moment, it goes on from
+its last checkpoint when it is run again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from minigpt import errors, params, process
+from minigpt import errors, launcher, params, process
 from minigpt.files import replacing, write_csv, write_json
 from stages import MODEL, PREPARED, RESULTS
 
@@ -20,6 +21,9 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    if settings.train.processes > 1 and not launcher.launched():
+        launcher.launch("stages.train", settings.train.processes)
+        return
     process.settle()
     from minigpt import charts, checkpoint, corpus, ranks
     from minigpt.drafts import Drafts
@@ -27,7 +31,7 @@ def main() -> None:
     from minigpt.tracking import Tracker
     from minigpt.trainer import Trainer
 
-    with ranks.join(settings.train.device, settings.train.grad_accum) as job:
+    with ranks.join(settings.train.device, settings.train.grad_accum, settings.train.parallel) as job:
         text = corpus.load(PREPARED, job.device)
         corpus.check_context(text, settings.model.block_size)
         checkpoints = checkpoint.Checkpoints(workspace(), checkpoint.fingerprint(settings, text.digest))

@@ -12,8 +12,7 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")
-SHAPES = {"a": torch.Size((3, 2)), "b": torch.Size((4,))}
+LIKE = {"a": torch.zeros(3, 2), "b": torch.zeros(4, dtype=torch.int64)}
 
 
 def state(step):
@@ -26,10 +25,10 @@ def checkpoints(tmp_path):
 
 
 def test_the_newest_state_comes_back_and_two_are_kept(checkpoints):
-    assert checkpoints.load(CPU, {}) == (None, [])
+    assert checkpoints.load(LIKE) == (None, [])
     for step in (3, 7, 20):
         checkpoints.save(state(step))
-    found, damaged = checkpoints.load(CPU, SHAPES)
+    found, damaged = checkpoints.load(LIKE)
     assert damaged == []
     assert found.facts == state(20).facts
     assert torch.equal(found.tensors["a"], state(20).tensors["a"])
@@ -54,7 +53,7 @@ def test_a_damaged_state_is_passed_over_and_named(checkpoints, name, harm):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         else:
             path.write_bytes(data[:place])
-        found, damaged = checkpoints.load(CPU, SHAPES)
+        found, damaged = checkpoints.load(LIKE)
         assert found.facts["step"] == 3
         assert len(damaged) == 1
         assert "step-000007" in damaged[0]
@@ -142,7 +141,7 @@ def test_a_missing_model_says_how_to_make_one(tmp_path):
 def test_a_state_of_another_shape_is_passed_over(checkpoints):
     checkpoints.save(state(3))
     checkpoints.save(State({"a": torch.zeros(2, 3), "b": torch.arange(4)}, {"step": 7}))
-    found, damaged = checkpoints.load(CPU, SHAPES)
+    found, damaged = checkpoints.load(LIKE)
     assert found.facts["step"] == 3
     assert "a has another shape" in damaged[0]
 

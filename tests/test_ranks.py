@@ -6,48 +6,114 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
-from minigpt import ranks
+from minigpt import corpus, ranks
 from minigpt.errors import UserError
 from minigpt.ranks import Ranks, choose_device, compute_dtype
 
 JOB = """
-import hashlib, json, sys, torch
+import json, os, signal, sys, torch
 from pathlib import Path
+from safetensors.torch import save_file
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from conftest import params_with
 from minigpt import corpus, ranks
 from minigpt.checkpoint import Checkpoints
-from minigpt.trainer import Trainer
+from minigpt.errors import Interrupted
 from minigpt.score import score
+from minigpt.trainer import Trainer
+
 torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-params = params_with(train={{"grad_accum": 2, "grad_clip": 0.5, "dtype": "float32"}})
-with ranks.join("cpu", 2) as job:
-    text = corpus.load(folder)
-    outcome = Trainer(params, text, job, None, Checkpoints(folder / str(job.world), "f00d")).run()
+name, kept, stop = sys.argv[1:4]
+train = {{"grad_accum": 4, "grad_clip": 0.05, "dtype": "float32"}} | json.loads(sys.argv[4])
+here = Path(__file__).parent
+
+class Stopping(Trainer):
+    def _step(self, step, wish=0):
+        if step == int(stop) and job.rank == job.world - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super()._step(step, wish)
+
+params = params_with(train=train)
+with ranks.join("cpu", 4, params.train.parallel) as job:
+    torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
+    text = corpus.load(here)
+    trainer = Stopping(params, text, job, None, Checkpoints(here / kept, "f00d"))
+    try:
+        outcome = trainer.run()
+    except Interrupted:
+        sys.exit(0)
+    exact = [score(trainer.model, text.val, stride, ranks=job) for stride in (None, 5)]
     if job.first:
-        weights = b"".join(outcome.weights[n].numpy().tobytes() for n in sorted(outcome.weights))
-        (folder / f"{{job.world}}.json").write_text(json.dumps([hashlib.sha256(weights).hexdigest(), outcome.history]))
+        save_file(outcome.weights, here / f"{{name}}.safetensors")
+        facts = {{"history": outcome.history, "exact": [[s.nats, s.count, s.squares] for s in exact]}}
+        (here / f"{{name}}.json").write_text(json.dumps(facts | {{"resumed_at": trainer.facts["resumed_at"]}}))
 """
 
 
-def test_two_processes_train_what_one_does_bitwise(tmp_path):
-    from minigpt import corpus
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Trains in as many processes; gives weights and facts. Checkpoints are those of ``kept``, if it is named."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
+    corpus.encode(folder / "a.txt", 0.1, folder)
+    (folder / "job.py").write_text(JOB.format(root=str(ROOT)))
 
-    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    corpus.encode(tmp_path / "a.txt", 0.1, tmp_path)
-    (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT)))
-    for world in (1, 2):
+    def train(name, world, kept="", stop=-1, **changes):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         ran = subprocess.run(
-            [sys.executable, *launch, tmp_path / "job.py", tmp_path], capture_output=True, text=True, timeout=300
+            [sys.executable, *launch, "job.py", name, kept or name, str(stop), json.dumps(changes)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert ran.returncode == 0, ran.stderr
-    (one, alone), (two, together) = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
-    assert one == two
-    for row, other in zip(alone, together, strict=True):
-        assert row == pytest.approx(other, rel=1e-6)
+        if stop < 0:
+            return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+        return None
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def alone(job):
+    return job("alone", 1)
+
+
+def assert_same(outcome, expected):
+    """To 1e-11 of each weight matrix's norm, and of each loss."""
+    for name, weight in expected[0].items():
+        assert (outcome[0][name] - weight).norm() <= 1e-11 * weight.norm(), name
+    for row, other in zip(outcome[1]["history"], expected[1]["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-11)
+    for (nats, count, squares), other in zip(outcome[1]["exact"], expected[1]["exact"], strict=True):
+        assert count == other[1]
+        assert nats == pytest.approx(other[0], rel=1e-11)
+        assert squares == pytest.approx(other[2], rel=1e-6)
+
+
+def test_two_processes_train_what_one_does_bitwise(job):
+    (one, _), (two, _) = (job(f"bitwise-{world}", world, grad_accum=2) for world in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_number_of_processes_changes_nothing(job, alone, parallel, world):
+    outcome = job(f"{parallel}-{world}", world, parallel=parallel, activation_checkpointing=parallel == "fsdp")
+    assert_same(outcome, alone)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_state_goes_on_in_another_number_of_processes(job, alone, parallel):
+    for worlds in ((2, 1), (1, 2)):
+        name = f"{parallel}-{worlds}"
+        job(name, worlds[0], kept=name, stop=6, parallel=parallel)
+        outcome = job(name, worlds[1], kept=name, parallel=parallel)
+        assert outcome[1]["resumed_at"] == [7 if worlds[0] == 1 else 8]
+        assert_same(outcome, alone)
 
 
 def test_processes_share_the_micro_batches_of_a_step():

@@ -14,6 +14,7 @@ from minigpt.checkpoint import Checkpoints
 from minigpt.corpus import Corpus, Split
 from minigpt.errors import Interrupted, UserError
 from minigpt.model import GPT
+from minigpt.optimizer import Optimizers
 from minigpt.ranks import Ranks
 from minigpt.score import score
 from minigpt.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(text, tmp_path):
             optimizer="adamw",
             dtype="float32",
         )
-        one.model.double()
+        one.optimizers = Optimizers(one.model.double(), one.train, torch.float64)
         loss_and_norm = one._step(0)
         return torch.cat([p.flatten() for p in one.model.parameters()]), loss_and_norm
 
@@ -165,11 +166,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(text, tm
     one = trainer(text, tmp_path, max_iters=9)
     step, kept = one._step, {}
 
-    def poisoned(number):
+    def poisoned(number, wish):
         if number == 6:
             kept["weights"] = digest(one.model.state_dict())
             one.model.head.weight.register_hook(lambda grad: grad * math.nan)
-        return step(number)
+        return step(number, wish)
 
     one._step = poisoned
     with pytest.raises(UserError, match=r"diverged: at step 6 .* last good checkpoint is of step 0"):
