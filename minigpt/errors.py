@@ -13,8 +13,9 @@ import time
 import traceback
 from collections.abc import Callable
 
-HOLD_BACK = 2.0
-"""Seconds in which torchrun ends the other processes of a job once one has failed."""
+HOLD_BACK, GIVE_WAY = 2.0, 10.0
+"""Seconds in which torchrun ends the other processes of a job once one has failed; in which the first process, which
+must also end its tracking, tells of a mistake that all have made."""
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 """What a full or forbidden disk answers."""
@@ -49,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if rank:  # most likely the first process has made the same mistake, and says so
-            time.sleep(HOLD_BACK)
+            time.sleep(GIVE_WAY)
         print(f"minigpt: {who if rank else ''}{error}", file=sys.stderr)
         if "DVC_STAGE" in os.environ:
             print(

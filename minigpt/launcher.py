@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import signal
 import sys
 import uuid
 
+from minigpt.errors import UserError
 from minigpt.process import cores, keep_to_share
 
 RESTARTS = 3
 """How often a job whose process was killed starts again by itself. What failed with an error would fail again."""
 
 
-def launched() -> bool:
-    """Whether this process is one of a job already."""
-    return "RANK" in os.environ
+def launch(module: str, processes: int) -> bool:
+    """Run ``python -m module`` as the job that is asked for, if it is more than this process.
 
+    With MINIGPT_LAUNCH in the environment, by that command, which starts torchrun on several machines. Else as
+    ``processes`` on this one, where a job whose process is killed goes on from its last checkpoint, up to RESTARTS
+    times. A signal is passed on to every process, once, and their end awaited. The cores are shared out equally
+    unless OMP_NUM_THREADS is set. If the job fails, this process ends with its exit code.
 
-def launch(module: str, processes: int) -> None:
-    """Run ``python -m module`` as a job of ``processes`` on this machine; end with its exit code unless it is 0.
+    Returns:
+        whether a job was run; not if this process is one of a job already, or all that is asked for.
 
-    A job one of whose processes is killed goes on from its last checkpoint, up to RESTARTS times. A signal is passed
-    on to every process, once, and their end awaited. The cores are shared out equally unless OMP_NUM_THREADS is set.
+    Raises:
+        UserError: there is no such command.
     """
+    if "RANK" in os.environ:
+        return False
+    if command := shlex.split(os.environ.get("MINIGPT_LAUNCH", "")):
+        try:
+            os.execvp(command[0], [*command, "-m", module])  # noqa: S606 - the user's own command
+        except OSError as error:
+            raise UserError(f"MINIGPT_LAUNCH: {command[0]}: {error.strerror}") from None
+    if processes > 1:
+        _launch_here(module, processes)
+    return processes > 1
+
+
+def _launch_here(module: str, processes: int) -> None:
     keep_to_share()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // processes)))
-    verbosity = os.environ.get("LOGLEVEL")
-    os.environ["LOGLEVEL"] = "CRITICAL"  # what the agent would say is said here, and by the processes themselves
+    logging.disable()  # what the agent would say is said here, and by the processes themselves
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if verbosity is None:
-        del os.environ["LOGLEVEL"]
-    else:
-        os.environ["LOGLEVEL"] = verbosity
     for left in reversed(range(RESTARTS + 1)):
         config = LaunchConfig(
             min_nodes=1,

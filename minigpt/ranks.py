@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from minigpt.errors import PeerLost, UserError
 
@@ -70,7 +73,9 @@ class Ranks:
         if self.world == 1:
             return model.to(self.device)
         if not self.sharded:
-            return nn.parallel.DistributedDataParallel(model.to(self.device), broadcast_buffers=False)
+            with warnings.catch_warnings():  # older torch does not know the argument's new name
+                warnings.simplefilter("ignore", FutureWarning)
+                return nn.parallel.DistributedDataParallel(model.to(self.device), broadcast_buffers=False)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -256,11 +261,20 @@ def join(device: str, grad_accum: int, parallel: str = "ddp") -> Iterator[Ranks]
     if ":" in device:
         raise UserError(f"train.device: {device} is one device, for {world} processes; set it to cuda")
     here = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    seconds = float(os.environ.get("MINIGPT_PEER_SECONDS", PATIENCE))
+    patience = timedelta(seconds=float(os.environ.get("MINIGPT_PEER_SECONDS", PATIENCE)))
     cuda = here.type == "cuda"
     try:
+        store = next(rendezvous("env://", timeout=patience))[0]
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # The agent gives a restarted job the store in which the dead ones' addresses still are.
+            store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         distributed.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=seconds), device_id=here if cuda else None
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=patience,
+            device_id=here if cuda else None,
         )
         yield Ranks(rank, world, here, parallel == "fsdp")
     except RuntimeError as error:

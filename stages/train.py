@@ -21,8 +21,7 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    if settings.train.processes > 1 and not launcher.launched():
-        launcher.launch("stages.train", settings.train.processes)
+    if launcher.launch("stages.train", settings.train.processes):
         return
     process.settle()
     from minigpt import charts, checkpoint, corpus, ranks

@@ -3,8 +3,6 @@
 The short form runs with all tests; ``make torture`` sets TORTURE=full for every figure. Each test prints its count.
 """
 
-import csv
-import hashlib
 import os
 import random
 import re
@@ -12,67 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, command, make_repository, make_workspace, overlay, python, set_params
+from conftest import ROOT, SMALL, command, make_repository, overlay, python, set_params
 from mlflow import MlflowClient
+from trainings import LONG, outcome, prepared, start, start_training, states, wait_for
 
 FULL = os.environ.get("TORTURE") == "full"
-LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
-"""Steps enough to be killed in the middle of."""
-
-
-def prepared(folder, project_files, *changes):
-    make_workspace(folder, project_files)
-    set_params(folder, LONG, *changes)
-    ran = python("-m", "stages.prepare", cwd=folder)
-    assert ran.returncode == 0, ran.stderr
-    return folder
-
-
-def environment(**variables):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return kept | {
-        "PATH": path,
-        "MINIGPT_CHECKPOINT_SECONDS": "0.1",
-        "MINIGPT_CPU": "off",
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-
-
-def start(*arguments, cwd, **variables):
-    """Start a program in a process group of its own."""
-    return subprocess.Popen(
-        arguments, cwd=cwd, env=environment(**variables), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def start_training(folder, **variables):
-    return start(sys.executable, "-m", "stages.train", cwd=folder, **variables)
-
-
-def outcome(folder):
-    """The digest of the trained weights, and the history."""
-    weights = hashlib.sha256((folder / "models/gpt/model.safetensors").read_bytes()).hexdigest()
-    with (folder / "results/train/history.csv").open() as file:
-        return weights, list(csv.DictReader(file))
-
-
-def states(folder):
-    return sorted((folder / ".checkpoints").glob("*/step-*/digests.json"))
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            return False
-        time.sleep(0.0005)
-    return True
 
 
 @pytest.fixture(scope="module")
