@@ -126,3 +126,19 @@ def test_help_takes_no_torch(tmp_path):
     ran = python("-X", "importtime", "-m", "minigpt", "--help", cwd=ROOT)
     assert "--repetition-penalty" in ran.stdout
     assert "torch" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("nonsense", r"argument --device: 'nonsense' is no device; there are auto, cpu, cuda"),
+        ("cpu:3", r"argument --device: 'cpu:3' is no device"),
+        ("cuda:99", r"^minigpt: --device: there is no cuda:99 here; use auto or cpu$"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(exported, device, message):
+    ran = write(exported, "ab", "--device", device)
+    assert re.search(message, ran.stderr.decode(), re.MULTILINE)
+    assert b"Traceback" not in ran.stderr
+    assert ran.returncode
+    assert not ran.stdout
