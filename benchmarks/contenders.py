@@ -330,8 +330,16 @@ def writing_of_minigpt(
     """A model of the published size writes at temperature 0.8, top-p 0.95; 512 texts on a GPU alone."""
     import torch
 
+    from minigpt import native
     from minigpt.generator import Decoding, Generator
 
+    if compiled == "always":
+        if options.device != "cpu":
+            raise NotMeasuredError("compiled decoders are for a CPU")
+        try:
+            native.library()
+        except native.NotCompiledError as error:
+            raise NotMeasuredError(str(error)) from None
     generator = Generator.load(writer(options), torch.device(options.device), dtype, compiled=compiled)
     generator.drafts = generator.drafts if guess else None
     reads, read = [0], generator.decoder.read
