@@ -36,7 +36,7 @@ class Decoding:
             are negative; 1 for none.
         stop: texts; a sample ends before the first of them that it would write.
         seed: of the choices; sample i of a seed is the same whatever is written beside it, as far as sums are rounded
-            alike (with float32 weights; with bfloat16 or int8 not always).
+            alike (with float32 weights or a compiled decoder; else with bfloat16 or int8 not always).
         overflow: what happens when the context is full. ``slide`` reads the last block_size - 1 characters anew for
             every further one: each is predicted from the most context that the model was trained with, at the cost of
             a whole forward pass. ``hop`` reads the last half of the context anew and goes on from there. ``roll``, for
