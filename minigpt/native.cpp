@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int BLOCK = 64;  // outputs of a linear map whose weights lie side by side
+constexpr int64_t ALONE = 1 << 20;  // multiplications below which one thread is done before others have come
 constexpr int TILE = 4;    // rows that are multiplied by a weight while it is in a register
 
 struct Linear {
@@ -205,7 +206,8 @@ void read(const Model &model, const Call &call) {
     std::vector<Real> residual(rows * C), normal(rows * C), qkv(rows * 3 * H * S), mixed(rows * H * S),
         hidden(rows * model.hidden), scores(B * H * slots);
     Real *const x = residual.data(), *const z = normal.data();
-#pragma omp parallel
+    const bool worth_it = 12 * rows * model.n_layer * C * C >= ALONE;
+#pragma omp parallel if (worth_it)
     {
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
