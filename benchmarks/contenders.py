@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.peers import Peer
     from minigpt.corpus import Corpus
     from minigpt.model import GPT
+    from minigpt.native import Compile
     from minigpt.params import Params
     from minigpt.trainer import Trainer
 
@@ -39,6 +40,7 @@ FLOPS = 6 * (6 * 12 * 384**2 + 65 * 384) + 12 * 6 * 256 * 384
 """Of training that on a character: 6 for a weight, and attention (Chowdhery et al. 2022, appendix B)."""
 
 ONE_TEXT = "writing one text, characters per second"
+SIXTEEN = "writing 16 texts, characters per second"
 
 SETTLED = "threads and memory as minigpt has them"
 """Of a peer: it gets what this project's programs do for themselves (minigpt/process.py), and its users do not have."""
@@ -309,22 +311,36 @@ def writer(options: Options) -> Path:
     return folder
 
 
+@contender(ONE_TEXT, "minigpt, int8, compiled", batch=1, dtype="int8", compiled="always")
+@contender(ONE_TEXT, "minigpt, bfloat16, compiled", batch=1, dtype="bfloat16", compiled="always")
+@contender(ONE_TEXT, "minigpt, float32, compiled", batch=1, dtype="float32", compiled="always")
+@contender(SIXTEEN, "minigpt, int8, compiled", batch=16, dtype="int8", compiled="always")
+@contender(SIXTEEN, "minigpt, bfloat16, compiled", batch=16, dtype="bfloat16", compiled="always")
 @contender(ONE_TEXT, "minigpt, int8", batch=1, dtype="int8")
 @contender(ONE_TEXT, "minigpt, bfloat16", batch=1, dtype="bfloat16")
 @contender(ONE_TEXT, "minigpt, int8, no guesses", batch=1, dtype="int8", guess=False)
-@contender(
-    "writing one text, characters per second", "minigpt, bfloat16, no guesses", batch=1, dtype="bfloat16", guess=False
-)
-@contender("writing 16 texts, characters per second", "minigpt, bfloat16", batch=16, dtype="bfloat16")
-@contender("writing 16 texts, characters per second", "minigpt, int8", batch=16, dtype="int8")
+@contender(ONE_TEXT, "minigpt, bfloat16, no guesses", batch=1, dtype="bfloat16", guess=False)
+@contender(ONE_TEXT, "minigpt, int8, compiled, no guesses", batch=1, dtype="int8", guess=False, compiled="always")
+@contender(SIXTEEN, "minigpt, bfloat16", batch=16, dtype="bfloat16")
+@contender(SIXTEEN, "minigpt, int8", batch=16, dtype="int8")
 @contender("writing 512 texts, characters per second", "minigpt, bfloat16", batch=512, dtype="bfloat16")
-def writing_of_minigpt(options: Options, batch: int, dtype: str, guess: bool = True) -> Measured:
+def writing_of_minigpt(
+    options: Options, batch: int, dtype: str, guess: bool = True, compiled: Compile = "never"
+) -> Measured:
     """A model of the published size writes at temperature 0.8, top-p 0.95; 512 texts on a GPU alone."""
     import torch
 
+    from minigpt import native
     from minigpt.generator import Decoding, Generator
 
-    generator = Generator.load(writer(options), torch.device(options.device), dtype)
+    if compiled == "always":
+        if options.device != "cpu":
+            raise NotMeasuredError("compiled decoders are for a CPU")
+        try:
+            native.library()
+        except native.NotCompiledError as error:
+            raise NotMeasuredError(str(error)) from None
+    generator = Generator.load(writer(options), torch.device(options.device), dtype, compiled=compiled)
     generator.drafts = generator.drafts if guess else None
     reads, read = [0], generator.decoder.read
 
@@ -341,7 +357,7 @@ def writing_of_minigpt(options: Options, batch: int, dtype: str, guess: bool = T
 @contender(ONE_TEXT, "Hugging Face generate", who="hf", batch=1)
 @contender(ONE_TEXT, f"Hugging Face generate, {SETTLED}", who="hf", batch=1)
 @contender(ONE_TEXT, "loop without a cache", who="reference", batch=1)
-@contender("writing 16 texts, characters per second", "Hugging Face generate", who="hf", batch=16)
+@contender(SIXTEEN, "Hugging Face generate", who="hf", batch=16)
 @contender("writing 512 texts, characters per second", "Hugging Face generate", who="hf", batch=512)
 def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
     """A peer of the published size writes: Hugging Face's in bfloat16 where the hardware has it."""

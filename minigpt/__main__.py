@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import re
 import secrets
 import signal
 import sys
@@ -46,6 +47,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return convert
 
 
+def device(text: str) -> str:
+    """Check the name of a device."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; there are auto, cpu, cuda, and cuda:1 and so on")
+    return text
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("python -m minigpt", description="Continue a text with a trained model.")
@@ -64,7 +72,8 @@ def parse() -> argparse.Namespace:
     add("--seed", type=some, help="the same seed gives the same text; without it, a new one each time")
     add("--overflow", choices=["hop", "slide", "roll"], default="hop", help="when the context is full (%(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "int8"], default="auto", help="of the weights (%(default)s)")
-    add("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    add("--compile", choices=["kept", "always", "never"], default="kept", help="of the decoder (%(default)s)")
+    add("--device", type=device, default="auto", help="auto, cpu or cuda (%(default)s)")
     add("--skip-unknown", action="store_true", help="leave characters out that the model never saw")
     return parser.parse_args()
 
@@ -85,7 +94,11 @@ def main() -> None:
     from minigpt.generator import Decoding, Generator
     from minigpt.tokenizer import describe
 
-    generator = Generator.load(wanted.model, ranks.choose_device(wanted.device), wanted.dtype)
+    try:
+        chosen = ranks.choose_device(wanted.device)
+    except errors.UserError:
+        raise errors.UserError(f"--device: there is no {wanted.device} here; use auto or cpu") from None
+    generator = Generator.load(wanted.model, chosen, wanted.dtype, compiled=wanted.compile)
     tokenizer = generator.tokenizer
     if wanted.skip_unknown:
         prompt, unknown = tokenizer.without_unknown(prompt)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,23 @@ def rounded(model: GPT, weights: Weights) -> GPT:
         elif isinstance(module, Linear) and weights == "bfloat16":
             module.weight.copy_(module.weight.bfloat16())
     return result
+
+
+def loss_by_weights(model: GPT, loss: Callable[[GPT], float]) -> dict[str, float]:
+    """The loss with each of :data:`Weights`, activations as a :class:`Decoder` has them.
+
+    Args:
+        model: what is measured; with bfloat16 weights it is given to ``loss`` itself where it computes in that anyway.
+        loss: of a model.
+    """
+    device = model.embedding.weight.device
+    losses = {}
+    for weights in get_args(Weights):
+        variant = rounded(model, weights)
+        variant.compute_dtype = None if weights == "float32" else compute_dtype("auto", device)
+        same = weights == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
+        losses[weights] = loss(model if same else variant)
+    return losses
 
 
 Function = Callable[[Tensor], Tensor]

@@ -3,8 +3,9 @@
 Reading four characters takes a small model hardly longer than reading one. So cheap guesses are read along with the
 last character, and those that are what the model would have written are kept. Here what it writes at a place follows
 from its logits and from a random number that was fixed beforehand: a guess is right or wrong, and the text is the one
-that would have been written without guesses. (Sums may be rounded otherwise beside other rows: with bfloat16 or int8
-weights, a character in some hundred falls to the other side of its random number, and the text goes on from there.)
+that would have been written without guesses. (Unless the decoder is compiled, sums may be rounded otherwise beside
+other rows: with bfloat16 or int8 weights, a character in some hundred falls to the other side of its random number, and
+the text goes on from there.)
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt import native
 from minigpt.checkpoint import load_drafts, load_model
-from minigpt.decoder import Decoder, Weights, choose_weights
+from minigpt.decoder import Cache, Weights, choose_weights
 from minigpt.drafts import ORDERS, Drafts
 from minigpt.errors import UserError
 from minigpt.model import GPT
@@ -35,7 +36,7 @@ class Decoding:
             are negative; 1 for none.
         stop: texts; a sample ends before the first of them that it would write.
         seed: of the choices; sample i of a seed is the same whatever is written beside it, as far as sums are rounded
-            alike (with float32 weights; with bfloat16 or int8 not always).
+            alike (with float32 weights or a compiled decoder; else with bfloat16 or int8 not always).
         overflow: what happens when the context is full. ``slide`` reads the last block_size - 1 characters anew for
             every further one: each is predicted from the most context that the model was trained with, at the cost of
             a whole forward pass. ``hop`` reads the last half of the context anew and goes on from there. ``roll``, for
@@ -146,25 +147,43 @@ class Generator:
         tokenizer: the model's.
         weights: what the model's weights are rounded to.
         drafts: what one sample alone is written faster with, on a CPU.
+        compiled: whether the decoder is compiled, and ``characters`` how many will be written one after the other; as
+            in :func:`minigpt.native.decoder`.
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, weights: Weights = "float32", drafts: Drafts | None = None
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        weights: Weights = "float32",
+        drafts: Drafts | None = None,
+        *,
+        compiled: native.Compile = "never",
+        characters: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.decoder = Decoder(model, weights)
+        self.decoder = native.decoder(model, weights, compiled, characters)
         self.drafts = drafts
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: str = "auto") -> Generator:
-        """The exported model in ``folder``, with weights for ``sample.dtype``.
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device,
+        dtype: str = "auto",
+        *,
+        compiled: native.Compile = "never",
+        characters: int = 0,
+    ) -> Generator:
+        """The exported model in ``folder``, with weights for ``sample.dtype``; the rest as in the constructor.
 
         Raises:
             UserError: it is missing or damaged.
         """
         model, tokenizer = load_model(folder, device)
-        return cls(model, tokenizer, choose_weights(dtype, device), load_drafts(folder))
+        weights = choose_weights(dtype, device)
+        return cls(model, tokenizer, weights, load_drafts(folder), compiled=compiled, characters=characters)
 
     def generate(
         self, prompt: str, max_new_tokens: int, decoding: Decoding, samples: int = 1, name: str = "the prompt"
@@ -226,18 +245,30 @@ class Generator:
                 room = min(GUESSES, text.size(1) - end - 1, context if roll else since + context - end)
                 guesses = drafts.after(last, room)
                 text[0, end : end + len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
-            stop = end + len(guesses)
-            for start in range(since + cache.length, stop, context):
-                logits = self.decoder.read(text[:, start : min(stop, start + context)], cache, 1 + len(guesses))
-            logits = logits.flatten(0, 1)
+            logits = self._read(text[:, since : end + len(guesses)], cache, 1 + len(guesses))
             if decoding.repetition_penalty != 1:
                 logits = penalise(logits, text[:, max(0, end - context) : end], decoding.repetition_penalty)
             place = end - len(read)
             ids = choose(logits, decoding, draws[:, place : place + 1 + len(guesses)].flatten()).view(samples, -1)
             columns = ids.T.tolist()
-            right = next((n for n, guess in enumerate(guesses) if columns[n][0] != guess), len(guesses))
-            text[:, end : end + right + 1] = ids[:, : right + 1]
-            cache.unread(len(guesses) - right)
-            end += right + 1
-            last = [*last, *(column[0] for column in columns[: right + 1])][-max(ORDERS) :]
-            yield from columns[: right + 1]
+            new = columns[: 1 + leading(guesses, columns)]
+            text[:, end : end + len(new)] = ids[:, : len(new)]
+            cache.unread(len(columns) - len(new))
+            end += len(new)
+            last = [*last, *(column[0] for column in new)][-max(ORDERS) :]
+            yield from new
+
+    def _read(self, text: Tensor, cache: Cache, predicted: int) -> Tensor:
+        """Read what of ``text`` (B, T) is not in the cache, at most a context at a time.
+
+        Returns:
+            logits of what comes after each of the last ``predicted`` characters, (B * predicted, V).
+        """
+        for piece in text[:, cache.length :].split(self.model.config.block_size, 1):
+            logits = self.decoder.read(piece, cache, min(predicted, piece.size(1)))
+        return logits.flatten(0, 1)
+
+
+def leading(guesses: Sequence[int], columns: Sequence[Sequence[int]]) -> int:
+    """How many of the first guesses are what the first sample has there."""
+    return next((n for n, guess in enumerate(guesses) if columns[n][0] != guess), len(guesses))

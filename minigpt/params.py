@@ -144,6 +144,7 @@ class Sample(Section):
     seed: Seed
     overflow: Literal["hop", "slide", "roll"]
     dtype: Literal["auto", "float32", "bfloat16", "int8"]
+    compile: Literal["auto", "always", "never"]
 
 
 class Params(Section):

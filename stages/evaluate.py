@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from minigpt import errors, params, process
 from minigpt.files import replacing, write_csv, write_json
@@ -24,10 +24,8 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     process.settle()
-    import torch
-
     from minigpt import baselines, charts, checkpoint, corpus, ranks, tracking
-    from minigpt.decoder import Weights, rounded
+    from minigpt.decoder import loss_by_weights
     from minigpt.report import Report
     from minigpt.score import Score, score
 
@@ -69,13 +67,7 @@ def main() -> None:
         "calibration_error": report.calibration_error,
     }
 
-    # What the model is made of when it writes: its weights rounded, its activations in what the hardware multiplies.
-    by_weights = {}
-    for weights in get_args(Weights):
-        variant = rounded(model, weights)
-        variant.compute_dtype = None if weights == "float32" else ranks.compute_dtype("auto", device)
-        same = weights == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
-        by_weights[weights] = val.loss if same else score(variant, text.val).loss
+    by_weights = loss_by_weights(model, lambda variant: val.loss if variant is model else score(variant, text.val).loss)
     metrics["val"]["loss_by_weights"] = by_weights
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
     print(f"minigpt: val with rounded weights, against float32 throughout: {', '.join(costs)} nats")

@@ -19,7 +19,8 @@ def main() -> None:
 
     tracker = tracking.of_model(RESULTS / "train" / "run.json")
     sample, device = settings.sample, ranks.choose_device(settings.train.device)
-    generator = Generator.load(MODEL, device, sample.dtype)
+    characters = len(sample.prompts) * sample.max_new_tokens
+    generator = Generator.load(MODEL, device, sample.dtype, compiled=sample.compile, characters=characters)
     names = [f"params.yaml: sample.prompts[{number}]" for number in range(len(sample.prompts))]
     for prompt, name in zip(sample.prompts, names, strict=True):
         generator.tokenizer.encode(prompt, name)

@@ -58,6 +58,14 @@ def command(*arguments, cwd, **variables):
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_decoders(tmp_path_factory):
+    """A cache folder of the tests' own for what they compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def project_files():
     """The files of the project as they are now, relative to its root."""

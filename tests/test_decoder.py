@@ -1,10 +1,17 @@
+import shutil
+
 import pytest
 import torch
 from conftest import params_with
 from test_model import build, variants
 
-from minigpt.decoder import Decoder, Step, choose_weights, packed, round_to_int8, rounded
+from minigpt import native
+from minigpt.corpus import Split
+from minigpt.decoder import Decoder, Step, choose_weights, loss_by_weights, packed, round_to_int8, rounded
+from minigpt.errors import UserError
 from minigpt.model import GPT, Linear
+from minigpt.ranks import compute_dtype
+from minigpt.score import score
 
 CLASSIC = {
     "positions": "learned", "embd_conv": 1, "embd_norm": False, "qk_norm": False, "norm_affine": True, "bias": True,
@@ -21,21 +28,28 @@ def model(**changes):
     return gpt.eval()
 
 
+COMPILED = pytest.param("always", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"))
+HOW = pytest.mark.parametrize("how", ["never", COMPILED])
+
+
+@HOW
 @pytest.mark.parametrize("architecture", variants(), ids=str)
-def test_reading_piece_by_piece_gives_the_logits_of_a_full_forward_pass(architecture):
+def test_reading_piece_by_piece_gives_the_logits_of_a_full_forward_pass(architecture, how):
     gpt = build(**architecture).double().eval()
     T = gpt.config.block_size
-    decoder, ids = Decoder(gpt), torch.randint(0, 11, (3, T))
+    decoder, ids = native.decoder(gpt, "float32", how), torch.randint(0, 11, (3, T))
     for cuts in ([1] * T, [T], [5, 1, 1, T - 7], [2, 3, T - 5]):
         cache = decoder.cache(3)
         logits = torch.cat([decoder.read(piece, cache, piece.size(1)) for piece in ids.split(cuts, 1)], 1)
         torch.testing.assert_close(logits, gpt(ids), rtol=1e-12, atol=1e-12)
 
 
+@HOW
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_is_unread_leaves_no_trace(architecture):
+def test_what_is_unread_leaves_no_trace(architecture, how):
     gpt = model(**architecture).double()
-    decoder, ids, others = Decoder(gpt), torch.randint(0, 11, (2, 16)), torch.randint(0, 11, (2, 16))
+    decoder = native.decoder(gpt, "float32", how)
+    ids, others = torch.randint(0, 11, (2, 16)), torch.randint(0, 11, (2, 16))
     cache = decoder.cache(2)
     decoder.read(ids[:, :6], cache)
     decoder.read(others[:, :7], cache)
@@ -45,13 +59,14 @@ def test_what_is_unread_leaves_no_trace(architecture):
     torch.testing.assert_close(decoder.read(others, cache, 16), gpt(others), rtol=1e-12, atol=1e-12)
 
 
+@HOW
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("piece", [1, 3, 16])
-def test_a_sequence_may_outgrow_its_slots(window, piece):
+def test_a_sequence_may_outgrow_its_slots(window, piece, how):
     gpt, ids = model(attention_window=window).double(), torch.randint(0, 11, (2, 96))
     longer = GPT(gpt.config.model_copy(update={"block_size": 96, "attention_window": window or 16}), 11).double()
     longer.load_state_dict(gpt.state_dict())
-    decoder = Decoder(gpt)
+    decoder = native.decoder(gpt, "float32", how)
     cache = decoder.cache(2, 16 + decoder.window)
     logits = torch.cat([decoder.read(part, cache, part.size(1)) for part in ids.split(piece, 1)], 1)
     torch.testing.assert_close(logits, longer.eval()(ids), rtol=1e-11, atol=1e-11)
@@ -84,16 +99,70 @@ def test_int8_is_off_by_half_a_unit_at_most():
     assert not integers[3].any()
 
 
+@HOW
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rounded_weights_predict_what_their_model_predicts(weights, architecture):
+def test_rounded_weights_predict_what_their_model_predicts(weights, architecture, how):
     gpt, ids = model(**architecture), torch.randint(0, 11, (3, 16))
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
-    decoder, same = Decoder(gpt, weights), rounded(gpt, weights)
+    decoder, same = native.decoder(gpt, weights, how), rounded(gpt, weights)
     logits, exact = decoder.read(ids, decoder.cache(3), 16), same(ids)
-    assert (logits - exact).abs().max() < 0.05 * exact.abs().max()
+    closely = how == "always" and not gpt.config.tied_head  # the embedding stays as it is
+    assert (logits - exact).abs().max() < (1e-4 if closely else 0.05) * exact.abs().max()
     assert not torch.equal(same.blocks[0].attention.qkv.weight, gpt.blocks[0].attention.qkv.weight)
     assert all(torch.equal(value, before[name]) for name, value in gpt.state_dict().items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, {"head_size": 64, "n_embd": 67}])
+def test_compiled_the_logits_of_a_sequence_are_bitwise_the_same_in_any_company(weights, architecture):
+    gpt, ids = model(**architecture), torch.randint(0, 11, (13, 16))
+    decoder = native.decoder(gpt, weights, "always")
+    together = decoder.read(ids, decoder.cache(13), 16)
+    for number in (0, 4, 12):
+        cache = decoder.cache(1)
+        pieces = ids[number : number + 1].split([1, 1, 5, 2, 7], 1)
+        alone = torch.cat([decoder.read(piece, cache, piece.size(1)) for piece in pieces], 1)
+        assert torch.equal(alone[0], together[number])
+
+
+def test_compiling_is_chosen_by_length():
+    gpt = model()
+    assert type(native.decoder(gpt, "int8", "auto", native.PAYS_FROM - 1)) is Decoder
+    assert type(native.decoder(gpt, "int8", "never", 10**9)) is Decoder
+    if shutil.which("g++"):
+        assert type(native.decoder(gpt, "int8", "auto", native.PAYS_FROM)) is native.NativeDecoder
+        assert type(native.decoder(gpt, "int8", "kept")) is native.NativeDecoder
+
+
+@pytest.mark.parametrize(
+    "compiler, message", [("no-compiler", "there is no C++ compiler no-compiler"), ("false", "false fails: without a")]
+)
+def test_where_nothing_compiles_it_is_told(tmp_path, monkeypatch, capsys, compiler, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(UserError, match=r"^sample\.compile: no compiled decoder: .*; set it to auto or never$"):
+        native.decoder(model(), "int8", "always")
+    assert type(native.decoder(model(), "int8", "kept")) is Decoder
+    assert not capsys.readouterr().err
+    assert type(native.decoder(model(), "int8", "auto", native.PAYS_FROM)) is Decoder
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_loss_by_weights_is_that_of_the_rounded_models():
+    gpt = model()
+    split = Split(torch.randint(0, 11, (200,), dtype=torch.uint8))
+    losses = loss_by_weights(gpt, lambda variant: score(variant, split).loss)
+    assert losses["float32"] == score(gpt, split).loss
+    assert list(losses) == ["float32", "bfloat16", "int8"]
+    same = rounded(gpt, "int8")
+    same.compute_dtype = compute_dtype("auto", torch.device("cpu"))
+    assert losses["int8"] == score(same, split).loss
+    assert len(set(losses.values())) == 3
 
 
 def test_the_weights_that_are_chosen():

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from minigpt.tokenizer import Tokenizer
 CHARACTERS = "\nabcdefghij"
 
 
-def generator(**model):
+def generator(compiled="never", **model):
     torch.manual_seed(0)
     gpt = GPT(params_with(model=model).model, len(CHARACTERS))
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return Generator(gpt.double().eval(), Tokenizer(CHARACTERS))
+    return Generator(gpt.double().eval(), Tokenizer(CHARACTERS), compiled=compiled)
 
 
 @torch.no_grad()
@@ -48,6 +49,11 @@ def plainly(gen, prompt, length, decoding, sample=0):
     return gen.tokenizer.decode(ids)
 
 
+COMPILED = pytest.param("always", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"))
+HOW = pytest.mark.parametrize("how", ["never", COMPILED])
+
+
+@HOW
 @pytest.mark.parametrize(
     "model",
     [
@@ -59,8 +65,10 @@ def plainly(gen, prompt, length, decoding, sample=0):
 @pytest.mark.parametrize("overflow", ["hop", "slide", "roll"])
 @pytest.mark.parametrize("prompt", ["a", "abcdefghijabcde", "abcdefghijabcdef", "abcdefghij" * 5])
 @pytest.mark.parametrize("temperature, penalty", [(0.0, 1.0), (1.0, 1.0), (1.0, 1.5)])
-def test_text_is_what_full_forward_passes_give_past_the_context_too(model, overflow, prompt, temperature, penalty):
-    gen = generator(**model)
+def test_text_is_what_full_forward_passes_give_past_the_context_too(
+    model, overflow, prompt, *, temperature, penalty, how
+):
+    gen = generator(how, **model)
     decoding = Decoding(
         temperature, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=penalty, seed=3, overflow=overflow
     )
@@ -71,11 +79,12 @@ def test_text_is_what_full_forward_passes_give_past_the_context_too(model, overf
     assert gen.generate(prompt, 80, decoding) == [plainly(gen, prompt, 80, decoding)]
 
 
+@HOW
 @pytest.mark.parametrize("model", [{"positions": "learned", "embd_conv": 1}, {}, {"attention_window": 5}])
 @pytest.mark.parametrize("overflow", ["hop", "slide", "roll"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_guesses_change_no_character(model, overflow, temperature):
-    gen = generator(**model)
+def test_guesses_change_no_character(model, overflow, temperature, how):
+    gen = generator(how, **model)
     if overflow == "roll" and model.get("positions") == "learned":
         return
     decoding = Decoding(temperature, seed=3, overflow=overflow, stop=("jj",))
@@ -96,8 +105,9 @@ def count_reads(gen):
     return lengths
 
 
-def test_a_sample_is_the_same_whatever_is_written_beside_it():
-    gen, decoding = generator(), Decoding(seed=5)
+@HOW
+def test_a_sample_is_the_same_whatever_is_written_beside_it(how):
+    gen, decoding = generator(how), Decoding(seed=5)
     together = gen.generate("ab", 60, decoding, samples=4)
     assert together == [plainly(gen, "ab", 60, decoding, sample) for sample in range(4)]
     assert len(set(together)) == 4

@@ -12,7 +12,7 @@ from conftest import ROOT, SHAKESPEARE, command, make_repository, python, set_pa
 
 CORE = [
     *("errors", "files", "params", "tokenizer", "corpus", "baselines", "memorised", "ranks", "model", "optimizer"),
-    *("score", "report", "drafts", "checkpoint", "decoder", "generator", "trainer"),
+    *("score", "report", "drafts", "checkpoint", "decoder", "native", "generator", "trainer"),
 ]
 ORDER = [*CORE, "journal", "machine", "tracking", "serving", "dagshub"]
 APART = {"__main__", "charts", "launcher", "page", "process"}

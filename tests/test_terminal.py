@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +35,11 @@ def exported(tmp_path_factory):
 
 
 def write(exported, *arguments, **options):
-    command = [sys.executable, "-m", "minigpt", "--model", exported, "--dtype", "float32", *arguments]
+    command = [sys.executable, "-m", "minigpt", "--model", exported, "--dtype", "float32", "--compile", "never"]
+    command += arguments
     options = {"stdin": subprocess.DEVNULL} | options
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, **options)
+    environment = ENVIRONMENT | {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, **options)
 
 
 def test_it_writes_what_the_generator_writes(exported):
@@ -45,6 +48,17 @@ def test_it_writes_what_the_generator_writes(exported):
     assert ran.stdout.decode().removesuffix("\n") == text.removesuffix("\n")
     assert ran.returncode == 0
     assert not ran.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_compiled_it_writes_what_the_compiled_generator_writes(exported):
+    arguments = ("ab", "--max-new-tokens", 50, "--seed", 5)
+    made = write(exported, *arguments, "--compile", "always")
+    assert made.returncode == 0, made.stderr
+    assert write(exported, *arguments, "--compile", "kept").stdout == made.stdout
+    generator = Generator(*checkpoint.load_model(exported), compiled="always")
+    text = generator.generate("ab", 50, Decoding(0.8, top_p=0.95, seed=5))[0]
+    assert made.stdout.decode().removesuffix("\n") == text.removesuffix("\n")
 
 
 def test_a_prompt_comes_from_a_pipe_too(exported):
@@ -126,3 +140,19 @@ def test_help_takes_no_torch(tmp_path):
     ran = python("-X", "importtime", "-m", "minigpt", "--help", cwd=ROOT)
     assert "--repetition-penalty" in ran.stdout
     assert "torch" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("nonsense", r"argument --device: 'nonsense' is no device; there are auto, cpu, cuda"),
+        ("cpu:3", r"argument --device: 'cpu:3' is no device"),
+        ("cuda:99", r"^minigpt: --device: there is no cuda:99 here; use auto or cpu$"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(exported, device, message):
+    ran = write(exported, "ab", "--device", device)
+    assert re.search(message, ran.stderr.decode(), re.MULTILINE)
+    assert b"Traceback" not in ran.stderr
+    assert ran.returncode
+    assert not ran.stdout
