@@ -97,7 +97,7 @@ def score(
     training = model.training
     model.eval()
     block_size = model.config.block_size
-    totals = torch.zeros(6, dtype=torch.float64, device=split.tokens.device)
+    totals = torch.zeros(6, dtype=torch.float64, device=split.device)
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     for part in split.sweep(block_size, stride or block_size, max_chars, share):
         logits = model(part.ids)
