@@ -27,7 +27,7 @@ from benchmarks.__main__ import commit, machine
 from benchmarks.contenders import ROOT
 from benchmarks.texts import parts
 
-STEPS = 60
+STEPS = 20
 
 
 def write_text(target: Path, megabytes: int, files: int = 1) -> None:
