@@ -11,18 +11,23 @@ from pathlib import Path
 import numpy as np
 
 
-def write_mixed(target: Path, megabytes: int) -> None:
-    """Write a text of random Latin and Devanagari letters, 16 different megabytes (10^6 bytes) in turn."""
+def parts(count: int) -> list[bytes]:
+    """Different megabytes (10^6 bytes, about) of random Latin and Devanagari letters."""
     draw = np.random.Generator(np.random.Philox(key=[0, 0]))
     latin = np.array(list("abcdefghijklmnopqrstuvwxyz     ,.\n"))
     devanagari = np.array([chr(point) for point in range(0x905, 0x94E)] + [" "] * 9 + ["\n"])
-    parts = [
-        "".join(draw.choice(latin, 400_000)) + "".join(draw.choice(devanagari, 225_000))
-        for _ in range(min(16, megabytes))
+    return [
+        ("".join(draw.choice(latin, 400_000)) + "".join(draw.choice(devanagari, 225_000))).encode()
+        for _ in range(count)
     ]
-    with target.open("w", encoding="utf-8") as file:
+
+
+def write_mixed(target: Path, megabytes: int) -> None:
+    """Write a text of random letters, 16 different megabytes in turn."""
+    made = parts(min(16, megabytes))
+    with target.open("wb") as file:
         for number in range(megabytes):
-            file.write(parts[number % len(parts)])
+            file.write(made[number % len(made)])
 
 
 def encode_by_dictionary(source: Path, folder: Path) -> None:

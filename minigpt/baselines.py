@@ -18,6 +18,9 @@ COUNTED = 1 << 22
 SCORED = 1 << 20
 """Characters scored at a time."""
 
+SCORED_MOST = 1 << 24
+"""Of a longer validation text, about so many characters are scored, in parts spread evenly."""
+
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
 
@@ -125,21 +128,23 @@ class NGrams:
 
 
 def losses(train: Ids, val: Ids, vocab_size: int) -> dict[str, float]:
-    """Nats per character of ``val``, each of its targets scored once, by models of ``train``.
+    """Nats per character of ``val``, each target scored once, by models of ``train``.
 
     Args:
         train: ids of the training split, of which the last COUNTED are counted.
-        val: ids of the validation split.
+        val: ids of the validation split; a sample of one longer than SCORED_MOST is scored.
         vocab_size: characters V.
 
     Returns:
         ``uniform`` (ln V), ``unigram``, and ``2-gram`` to ``6-gram``, or as far as the training split is long.
     """
     model = NGrams(np.asarray(train[-COUNTED:]), vocab_size)
-    totals = np.zeros(model.order)
-    for start in range(1, len(val), SCORED):
+    totals, targets = np.zeros(model.order), 0
+    starts, most = range(1, len(val), SCORED), max(1, SCORED_MOST // SCORED)
+    for start in starts if len(starts) <= most else np.linspace(1, starts[-2], most).astype(np.int64).tolist():
         begin = max(0, start + 1 - ORDER)
-        scored = model.nats(np.asarray(val[begin : start + SCORED]))
-        totals += scored[:, start - begin - 1 :].sum(1)
+        scored = model.nats(np.asarray(val[begin : start + SCORED]))[:, start - begin - 1 :]
+        totals += scored.sum(1)
+        targets += scored.shape[1]
     names = ["unigram", *(f"{n}-gram" for n in range(2, model.order + 1))]
-    return {"uniform": math.log(vocab_size)} | dict(zip(names, (totals / (len(val) - 1)).tolist(), strict=True))
+    return {"uniform": math.log(vocab_size)} | dict(zip(names, (totals / targets).tolist(), strict=True))

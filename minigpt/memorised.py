@@ -1,4 +1,4 @@
-"""What of a written text stands word for word in the training text: exact, in memory that does not grow with it."""
+"""What of a written text stands word for word in the training text: exact up to SEARCHED characters of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from minigpt.tokenizer import code_points
 
 CHUNK = 1 << 20
 """Characters of the training text that are searched at a time; more where a written text is longer."""
+
+SEARCHED = 1 << 28
+"""Of a longer training text, about as many characters are searched, in chunks spread evenly: about a minute's work."""
 
 GRAM = 8
 """The length of the runs whose share is told."""
@@ -41,7 +44,8 @@ def memorised(texts: list[Ids], train: Ids) -> list[Memorised]:
 
     Args:
         texts: at least one, ids of what was written, each of shape (m,).
-        train: ids of the training text, shape (n,); a memory map may be longer than the memory.
+        train: ids of the training text, shape (n,); a memory map may be longer than the memory. Of one longer than
+            SEARCHED, a sample is searched: what is found is there, and there may be more.
     """
     ends = np.cumsum([len(text) + 1 for text in texts])
     joined = np.concatenate([part for text in texts for part in (text, [-1])]).astype(np.int64)  # -1 keeps them apart
@@ -49,7 +53,9 @@ def memorised(texts: list[Ids], train: Ids) -> list[Memorised]:
     alphabet = np.unique(joined)[1:]
     written, step = _rank(joined, alphabet), max(CHUNK, longest)
     lengths = np.zeros(len(joined), np.int64)
-    for begin in range(0, len(train) if longest else 0, step):
+    begins = range(0, len(train) if longest else 0, step)
+    most = max(1, SEARCHED // step)
+    for begin in begins if len(begins) <= most else np.linspace(0, begins[-1], most).astype(np.int64):
         read = _rank(np.asarray(train[begin : begin + step + longest]), alphabet)
         np.maximum(lengths, _matches(written, read, len(alphabet)), out=lengths)
     found = []

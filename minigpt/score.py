@@ -97,7 +97,7 @@ def score(
     training = model.training
     model.eval()
     block_size = model.config.block_size
-    totals = torch.zeros(6, dtype=torch.float64, device=split.tokens.device)
+    totals = torch.zeros(6, dtype=torch.float64, device=split.device)
     parts = split.sweep(block_size, stride or block_size, max_chars, (ranks.rank, ranks.world))
     for part in ranks.lockstep(parts):
         if part is None:

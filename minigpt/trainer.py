@@ -280,7 +280,9 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         for micro in mine:
             first = step * train.batch_size + micro * windows
-            ids, targets = self.corpus.train.batch(train.seed, first, windows, self.block_size)
+            ids, targets = self.corpus.train.batch(
+                train.seed, first, windows, self.block_size, ahead=self.ranks.world * windows
+            )
             torch.manual_seed(micro_seed(train.seed, step, micro))
             if train.token_dropout:
                 ids = corrupt(ids, train.token_dropout, self.model.vocab_size)

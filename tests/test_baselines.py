@@ -109,6 +109,18 @@ def test_every_target_is_scored_once_whatever_the_parts(monkeypatch):
     assert losses(ids[:-1500], ids[-1500:], vocab_size) == pytest.approx(whole, rel=1e-12)
 
 
+def test_of_a_very_long_text_parts_from_end_to_end_are_scored(monkeypatch):
+    ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
+    train, val = ids[:-1500], ids[-1500:]
+    ends = [losses(train, val[:101], vocab_size), losses(train, val[1295:1401], vocab_size)]
+    monkeypatch.setattr(baselines, "SCORED", 100)
+    monkeypatch.setattr(baselines, "SCORED_MOST", 200)
+    found = losses(train, val, vocab_size)
+    # The first character of the second part is not scored alone, nor are the five before it, which are context.
+    assert found["unigram"] == pytest.approx((100 * ends[0]["unigram"] + 105 * ends[1]["unigram"]) / 205, rel=0.02)
+    assert found["unigram"] != pytest.approx(losses(train, val[:200], vocab_size)["unigram"], rel=1e-6)
+
+
 def test_devanagari_and_thousands_of_characters():
     ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
     found = losses(ids[:-1800], ids[-1800:], vocab_size)

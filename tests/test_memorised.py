@@ -47,6 +47,15 @@ def test_a_run_that_spans_parts_is_found_whole(monkeypatch):
     assert found == Memorised(2, 700, 693, 696)
 
 
+def test_of_a_very_long_text_chunks_from_end_to_end_are_searched(monkeypatch):
+    train = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint8)
+    monkeypatch.setattr(memorised, "CHUNK", 1000)
+    monkeypatch.setattr(memorised, "SEARCHED", 5000)
+    found = memorised.memorised([train[begin : begin + 20] for begin in (200, 19_950, 1500)], train)
+    assert [one.length for one in found[:2]] == [20, 20]
+    assert found[2].length < 20  # it stands between two of them
+
+
 def corpus_of(text, val_characters):
     points = code_points(text)
     tokenizer = Tokenizer("".join(sorted(set(text))))
