@@ -452,6 +452,7 @@ def test_a_folder_broken_off_in_the_middle_is_whole_after_a_sync(server, here, l
         )  # fmt: skip
         if fault == "kill":
             while len([path for method, path in proxy.requests if method == "PUT"]) < 3 + tracking.UPLOADS:
+                assert sender.poll() is None
                 time.sleep(0.05)
             sender.kill()
         assert sender.wait() != 0
