@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import filecmp
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +40,11 @@ class Journal:
         self.folder = workspace() / ".journal" / key
         self._metrics_until: dict[str, int] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """Bytes that were written so far."""
+        return (self.folder / "journal.jsonl").stat().st_size
 
     def since(self, start: int) -> list[tuple[dict[str, Any], int]]:
         """Records from byte ``start`` on, each with the byte where the next one starts.
@@ -109,20 +114,20 @@ class Journal:
 
         A file that is recorded already, with the same bytes, is not recorded again.
         """
-        recorded = {record["path"] for record in self.records("artifact")}
+        recorded = {record["path"]: record.get("digest") for record in self.records("artifact")}
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_dir():
                 continue
             place = PurePosixPath(folder, path.name, file.relative_to(path).as_posix()).as_posix()
-            kept = self.folder / "artifacts" / place
-            if place in recorded and kept.exists() and filecmp.cmp(file, kept, shallow=False):
+            kept, digest = self.folder / "artifacts" / place, hashlib.sha256(file.read_bytes()).hexdigest()
+            if recorded.get(place) == digest and kept.exists():
                 continue
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
             shutil.copyfile(file, temporary)
             files.sync(temporary)
             temporary.replace(kept)
-            self._write("artifact", path=place)
+            self._write("artifact", path=place, digest=digest)
 
     def status(self, status: str) -> None:
         """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from minigpt.corpus import Corpus
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+T = TypeVar("T")
 
 DAGSHUB = "https://dagshub.com"
 """Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
@@ -56,6 +60,9 @@ RUN_TAG = "minigpt.run"
 
 METRICS_PER_REQUEST = 1000
 """What MLflow's API takes in one batch."""
+
+UPLOADS = 8
+"""Files that are sent at a time: each is a request, and a server spends most of one on checking the password."""
 
 TRAINED = ("data", "model", "train")
 """The sections of params.yaml that the train stage records; the later stages record their own."""
@@ -169,7 +176,7 @@ class Mirror:
     def missing(self, journal: Journal) -> int:
         """How many records have not been sent, as far as is known on this side."""
         try:
-            return len(journal.since(_read_progress(self._progress(journal).read_bytes())["next"]))
+            return len(journal.since(_read_progress(self._progress(journal).read_bytes(), journal.size)["next"]))
         except FileNotFoundError:
             return len(journal.records())
 
@@ -187,7 +194,7 @@ class Mirror:
 
     def _send_from(self, journal: Journal, file: IO[bytes]) -> None:
         file.seek(0)
-        progress = _read_progress(file.read())
+        progress = _read_progress(file.read(), journal.size)
 
         def note(**changes: int) -> None:
             progress.update(changes)
@@ -206,10 +213,20 @@ class Mirror:
                 note(next=end, doubtful=0)
             else:
                 self._runs[journal.key] = known.info.run_id
-                if not progress["next"]:  # there is a run, but no word here of what it holds
-                    note(doubtful=end)
         pending = journal.since(progress["next"])
+        journal.flush()  # else a power cut takes from the journal what the store has been sent
         last = {record["path"]: end for record, end in pending if record["kind"] == "artifact"}
+
+        def arrived(end: int, records: int) -> None:
+            note(next=end)
+            self.sent += records
+            self.taken = time.monotonic()
+
+        def upload(entry: tuple[dict[str, Any], int]) -> None:
+            record, end = entry
+            if last[record["path"]] == end:
+                self._send(journal, [record], doubtful=False)
+
         done = 0
         while done < len(pending):
             group = [pending[done]]
@@ -218,12 +235,13 @@ class Mirror:
             (first, first_end), end = group[0], group[-1][1]
             doubtful = first_end <= progress["doubtful"]
             note(doubtful=max(end, progress["doubtful"]))
-            if first["kind"] != "artifact" or last[first["path"]] == end:
+            if first["kind"] == "artifact":
+                for _, file_end in _abreast(upload, group):
+                    arrived(file_end, 1)
+            else:
                 self._send(journal, [record for record, _ in group], doubtful)
-            note(next=end)
+                arrived(end, len(group))
             done += len(group)
-            self.sent += len(group)
-            self.taken = time.monotonic()
 
     def connect(self) -> MlflowClient:
         """The client of the store; importing MLflow takes seconds, and nothing is sent yet."""
@@ -349,19 +367,63 @@ class Mirror:
             self.connect().set_tag(run_id, "dataset", f"{record['name']} {record['digest'][:32]}")
 
 
-def _read_progress(text: bytes) -> dict[str, int]:
-    """Progress of nothing where ``text``, cut short by a crash, is none: then all of the journal is doubtful."""
+def _read_progress(text: bytes, written: int) -> dict[str, int]:
+    """Progress of nothing where ``text``, cut short by a crash, is none: then all ``written`` bytes are doubtful."""
     try:
         read = json.loads(text)
         return {"next": int(read["next"]), "doubtful": int(read["doubtful"])}
     except (ValueError, KeyError, TypeError):
-        return {"next": 0, "doubtful": 0}
+        return {"next": 0, "doubtful": written}
 
 
 def _batches_with(group: list[tuple[dict[str, Any], int]], record: dict[str, Any]) -> bool:
-    if group[0][0]["kind"] != "metrics" or record["kind"] != "metrics":
-        return False
+    kind = group[0][0]["kind"]
+    if kind != "metrics" or record["kind"] != "metrics":
+        return kind == record["kind"] == "artifact"  # files go together, each in a request of its own
     return sum(len(r["values"]) for r, _ in group) + len(record["values"]) <= METRICS_PER_REQUEST
+
+
+def _abreast(action: Callable[[T], None], items: list[T]) -> Iterator[T]:
+    """Call ``action`` with the first item, then with the others, UPLOADS at a time; gives each back once it is done.
+
+    They come back in their order. The first goes alone: a store that takes nothing is asked once, and where a run's
+    files go is looked up once. After an error no call is begun, and those under way are waited for: what is sent again
+    must not meet them. The threads are daemons: those of concurrent.futures would hold up the end of the program.
+
+    Raises:
+        Exception: that of the first item whose call failed.
+    """
+    action(items[0])
+    yield items[0]
+    calls: list[tuple[T, Future[None]]] = [(item, Future()) for item in items[1:]]
+    waiting = deque(calls)
+
+    def work() -> None:
+        while True:
+            try:
+                item, call = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                action(item)
+                call.set_result(None)
+            except Exception as error:
+                waiting.clear()
+                call.set_exception(error)
+
+    threads = [threading.Thread(target=work, name="upload", daemon=True) for _ in calls[:UPLOADS]]
+    for thread in threads:
+        thread.start()
+    try:
+        for item, call in calls:
+            call.result()
+            yield item
+    except Exception:
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        waiting.clear()
 
 
 class Sender:

@@ -200,6 +200,10 @@ def test_an_artifact_is_recorded_again_only_if_it_has_changed(here):
     (here / "model/MLmodel").write_text("two")
     journal.artifact(here / "model")
     assert [record["path"] for record in journal.records()][2:] == ["model/MLmodel"]
+    (here / "model/MLmodel").write_text("three")
+    (journal.folder / "artifacts/model/MLmodel").write_text("three")  # kept, and killed before it was recorded
+    journal.artifact(here / "model")
+    assert [record["path"] for record in journal.records()][3:] == ["model/MLmodel"]
 
 
 def test_a_line_cut_short_is_left_out_and_written_after(here):
@@ -419,6 +423,54 @@ def test_after_a_fault_anywhere_sync_makes_the_store_equal_the_journal(current_s
             print(f"{fault} after {after} requests: the store equals the journal")
 
 
+@pytest.mark.parametrize("fault", ["drop", "lose", 500, "kill"] if FULL else ["lose", "kill"])
+def test_a_folder_broken_off_in_the_middle_is_whole_after_a_sync(server, here, logged_in, monkeypatch, fault):
+    key, files = uuid.uuid4().hex, {}
+    for number in range(12):
+        path = here / f"folder/part{number % 2}/{number}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(2000 + number))
+        files[str(path.relative_to(here))] = path.read_bytes()
+    journal = Journal(key)
+    journal.name("a run")
+    journal.artifact(here / "folder")
+    journal.status("FINISHED")
+
+    def content(name):
+        """What the store has of a file of the run."""
+        folder = run.info.artifact_uri.removeprefix("mlflow-artifacts:")
+        return requests.get(f"{server}/api/2.0/mlflow-artifacts/artifacts{folder}/{name}", auth=(TOKEN, TOKEN)).content
+
+    with Proxy({"": server}) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        proxy.fault, proxy.after, proxy.during = "hang" if fault == "kill" else fault, 3, "mlflow-artifacts/artifacts"
+        code = "import sys; from minigpt.journal import Journal; from minigpt.tracking import Mirror, store\n"
+        variables = os.environ | {"PYTHONPATH": str(ROOT)}
+        sender = subprocess.Popen(
+            [sys.executable, "-c", f"{code}Mirror(store()).send(Journal(sys.argv[1]))", key],
+            cwd=here, env=variables, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if fault == "kill":
+            while len([path for method, path in proxy.requests if method == "PUT"]) < 3 + tracking.UPLOADS:
+                assert sender.poll() is None
+                time.sleep(0.05)
+            sender.kill()
+        assert sender.wait() != 0
+        left = Mirror(proxy.url).missing(journal)
+        assert 1 < left <= len(files)
+        _, run = in_store(server, key)
+        for record in journal.records("artifact")[: len(files) + 1 - left]:  # what counts as sent was sent
+            assert content(record["path"]) == files[record["path"]]
+        proxy.fault, before = None, len(proxy.requests)
+        tracking.sync()
+        assert len([path for method, path in proxy.requests[before:] if method == "PUT"]) == left - 1  # each once
+    _, run = in_store(server, key)
+    there = [name for part in (0, 1) for name, _ in listed(server, run.info.run_id, f"folder/part{part}")]
+    assert sorted(there) == sorted(files)
+    assert {name: content(name) for name in there} == files
+    assert run.info.status == "FINISHED"
+
+
 @pytest.mark.parametrize("backend", ["sqlite:///store.db", "./mlruns"])
 def test_a_lost_answer_doubles_nothing_even_in_a_store_that_would(tmp_path, logged_in, monkeypatch, backend):
     with (
@@ -435,6 +487,12 @@ def test_a_lost_answer_doubles_nothing_even_in_a_store_that_would(tmp_path, logg
         tracking.sync()  # the second try finds the run that the first has made
         check_store(url)
         check_store(url, "b" * 32)
+        journal, mirror = Journal("a" * 32), Mirror(proxy.url)
+        mirror.send(journal, check=True)
+        next(journal.folder.glob("sent-*.json")).write_bytes(b"")  # another that sends was killed while it noted this
+        journal.metrics(900, {"val_loss": 1.0})
+        mirror.send(journal)
+        check_store(url)
 
 
 def test_a_server_that_never_answers_is_waited_for_once(here, monkeypatch, capsys):
