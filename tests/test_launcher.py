@@ -190,7 +190,12 @@ class Hosts:
         return [
             start(
                 *("ip", "netns", "exec", name, "torchrun", *meet, *where, "--local-addr", f"10.77.0.{index + 1}"),
-                *("-m", "stages.train"),
+                *(
+                    "--rdzv-conf",
+                    f"is_host={1 - index}",
+                    "-m",
+                    "stages.train",
+                ),  # no name server tells whose address it is
                 cwd=folder,
                 GLOO_SOCKET_IFNAME="cable",
                 MINIGPT_PEER_SECONDS="8",
