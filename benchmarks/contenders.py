@@ -320,7 +320,6 @@ def writer(options: Options) -> Path:
 @contender(ONE_TEXT, "minigpt, bfloat16", batch=1, dtype="bfloat16")
 @contender(ONE_TEXT, "minigpt, int8, no guesses", batch=1, dtype="int8", guess=False)
 @contender(ONE_TEXT, "minigpt, bfloat16, no guesses", batch=1, dtype="bfloat16", guess=False)
-@contender(ONE_TEXT, "minigpt, int8, compiled, no guesses", batch=1, dtype="int8", guess=False, compiled="always")
 @contender(SIXTEEN, "minigpt, bfloat16", batch=16, dtype="bfloat16")
 @contender(SIXTEEN, "minigpt, int8", batch=16, dtype="int8")
 @contender("writing 512 texts, characters per second", "minigpt, bfloat16", batch=512, dtype="bfloat16")

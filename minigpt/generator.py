@@ -146,7 +146,7 @@ class Generator:
         model: in evaluation mode; its device is used.
         tokenizer: the model's.
         weights: what the model's weights are rounded to.
-        drafts: what one sample alone is written faster with, on a CPU.
+        drafts: what one sample alone is written faster with, on a CPU, by a decoder that is not compiled.
         compiled: whether the decoder is compiled, and ``characters`` how many will be written one after the other; as
             in :func:`minigpt.native.decoder`.
     """
@@ -164,7 +164,8 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.decoder = native.decoder(model, weights, compiled, characters)
-        self.drafts = drafts
+        # Compiled, a read of several characters takes nearly as many times as long: guesses cost more than they give.
+        self.drafts = None if isinstance(self.decoder, native.NativeDecoder) else drafts
 
     @classmethod
     def load(
