@@ -34,7 +34,7 @@ test: $(VENV)/installed-dev  ## run all tests
 	python -m pytest
 
 torture: $(VENV)/installed-dev  ## kill, starve and damage trainings and stores, in full, and print the counts
-	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py tests/test_tracking.py tests/test_serving.py
+	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py tests/test_tracking.py tests/test_serving.py tests/test_launcher.py
 
 bench: $(VENV)/installed-dev data/shakespeare.txt  ## measure the project and its peers side by side
 	python -m benchmarks

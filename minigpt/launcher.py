@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import uuid
 
 from minigpt.errors import UserError
@@ -46,23 +47,25 @@ def _launch_here(module: str, processes: int) -> None:
     keep_to_share()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // processes)))
     logging.disable()  # what the agent would say is said here, and by the processes themselves
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for left in reversed(range(RESTARTS + 1)):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-        )
         try:
-            elastic_launch(config, sys.executable)("-m", module)
+            with tempfile.TemporaryDirectory(prefix="minigpt-") as logs:
+                config = LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=processes,
+                    logs_specs=DefaultLogsSpecs(log_dir=logs),
+                    run_id=uuid.uuid4().hex,
+                    rdzv_backend="c10d",
+                    rdzv_endpoint="localhost:0",
+                    local_addr="localhost",
+                    max_restarts=0,
+                )
+                elastic_launch(config, sys.executable)("-m", module)
             return
         except SignalException as stop:
             sys.exit(128 + stop.sigval)

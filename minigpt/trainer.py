@@ -250,6 +250,7 @@ class Trainer:
             f"{self.model.num_parameters():,} parameters in {dtype} on {where}; "
             f"{train.max_iters:,} steps of {train.batch_size} x {self.block_size} characters"
             + (", compiled" if self.compiled else "")
+            + (f", in {self.ranks.world} processes" if self.ranks.world > 1 else "")
         )
 
     def _compile(self, step: int) -> None:

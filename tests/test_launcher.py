@@ -74,6 +74,7 @@ def test_dvc_repro_trains_in_two_processes_what_one_does(tmp_path, project_files
     assert code == 0, printed
     assert outcome(repository) == undisturbed
     assert printed.count("parameters in float32 on CPU, 1 threads") == 1
+    assert printed.count("characters, in 2 processes") == 1
     assert printed.count("step      0   train") == 1
 
 

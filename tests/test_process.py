@@ -1,8 +1,11 @@
 import json
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, python
+
+from minigpt import process
 
 SETTLE = """
 import ctypes, json, os, resource
@@ -57,3 +60,34 @@ def test_freed_memory_is_kept(tmp_path):
 def test_threads_that_write_stay_awake(tmp_path):
     assert settled(tmp_path, ALERT="yes")[1]["OMP_WAIT_POLICY"] == "active"
     assert "OMP_WAIT_POLICY" not in settled(tmp_path)[1]
+
+
+WORKER = """
+import os, subprocess, sys
+input()
+child = "from minigpt import process; process.keep_to_share(); print(process.cores())"
+subprocess.run([sys.executable, "-c", child], env=os.environ | {"DVC_STAGE": "train"}, check=True)
+input()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(process.cores()) < 2, reason="there is nothing to share out")
+def test_workers_of_a_queue_and_processes_of_a_job_share_the_cores_out():
+    def worker(name):
+        named = [sys.executable, "-u", "-c", WORKER, "exp", "queue-worker", f"{name}@localhost"]
+        return subprocess.Popen(named, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    workers = [worker(name) for name in ("dvc-exp-a-1", "dvc-exp-a-2", "dvc-exp-b-1")]  # the last is of another queue
+    shares = []
+    for one in workers:
+        one.stdin.write("\n")
+        one.stdin.flush()
+        shares.append(json.loads(one.stdout.readline()))
+    for one in workers:
+        one.communicate("\n")
+    here = process.cores()
+    half = len(here) // 2
+    assert shares == [here[:half], here[half : 2 * half], here]
+    code = "from minigpt import process; process.keep_to_share(); print(process.cores())"
+    ran = python("-c", code, cwd=ROOT, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert json.loads(ran.stdout) == here[half : 2 * half]
