@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from minigpt.errors import UserError
 from minigpt.files import write_json
+from minigpt.process import cores
 from minigpt.tokenizer import CODE_POINTS, Tokenizer, code_points
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def encode(
     size = sum(file.st_size for file in found)
     work = list(pieces(paths, normalize))
     if workers is None:
-        workers = cores() if size >= PARALLEL else 1
+        workers = len(cores()) if size >= PARALLEL else 1
     with processes(min(workers, len(work)), source) as run, progress(2 * size) as told:
         seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
         for piece, (points, count) in zip(work, run(partial(_survey, normalize), work), strict=True):
@@ -289,11 +290,6 @@ def digest(folder: Path, tokenizer: Tokenizer, sizes: dict[str, int], run: Calla
 def _hash(path: Path, begin: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         return hashlib.sha256(_bytes(file, begin, begin + BLOCK)).digest()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
