@@ -17,7 +17,13 @@ CLASSIC = {
     "positions": "learned", "embd_conv": 1, "embd_norm": False, "qk_norm": False, "norm_affine": True, "bias": True,
     "activation": "relu", "init": "normal",
 }  # fmt: skip
-ARCHITECTURES = [{}, CLASSIC, {"attention_window": 5, "tied_head": True}, {"activation": "gelu", "mlp_ratio": 2.5}]
+ARCHITECTURES = [
+    {},
+    CLASSIC,
+    {"attention_window": 5, "tied_head": True},
+    {"activation": "gelu", "mlp_ratio": 2.5},
+    {"activation": "swiglu"},
+]
 
 
 def model(**changes):
