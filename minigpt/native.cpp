@@ -204,11 +204,13 @@ void normalise(const Real *x, int64_t size, const Norm &norm, Output *y) {
     }
 }
 
+constexpr int64_t RELU2 = 1, GELU = 2, SWIGLU = 3;  // in the order of native.py
+
 template <class Real>
 Real activate(Real x, int64_t activation) {
-    if (activation == 2) return x / 2 * (1 + std::erf(x * Real(0.70710678118654752440)));
+    if (activation == GELU) return x / 2 * (1 + std::erf(x * Real(0.70710678118654752440)));
     const Real rectified = std::max(x, Real(0));
-    return activation == 1 ? rectified * rectified : rectified;
+    return activation == RELU2 ? rectified * rectified : rectified;
 }
 
 // Turn the channels of a head by the angles of its position.
@@ -308,6 +310,8 @@ void read(const Model &model, const Call &call) {
     const int64_t mix = filled(H * S), wide = filled(model.hidden), narrow = filled(C);  // of rows that are multiplied
     const int64_t room = slots + S + 64 / sizeof(Real);  // for a query's scores
     std::vector<Real> residual(rows * C), qkv(rows * 3 * H * S), scores(B * H * room);
+    const int64_t gates = model.activation == SWIGLU ? model.hidden : 0;
+    std::vector<Real> gated(rows * 2 * gates);
     std::vector<Kept> normal(rows * narrow), mixed(rows * mix), hidden(rows * wide);
     Real *const x = residual.data();
     Kept *const z = normal.data();
@@ -356,8 +360,18 @@ void read(const Model &model, const Call &call) {
 #pragma omp for
             for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm2, z + row * narrow);
             apply<Real, Weight>(layer.up, z, rows, [&](int64_t row, int64_t o, Real y) {
-                hidden[row * wide + o] = activate(y, model.activation);
+                if (gates) gated[row * 2 * gates + o] = y;
+                else hidden[row * wide + o] = activate(y, model.activation);
             });
+            if (gates) {
+#pragma omp for
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < gates; i++) {
+                        const Real *const gate = &gated[row * 2 * gates + i];
+                        const Real small = power(-std::abs(*gate));
+                        hidden[row * wide + i] = *gate * gate[gates] * (*gate < 0 ? small : 1) / (1 + small);
+                    }
+            }
             apply<Real, Weight>(layer.down, hidden.data(), rows, add);
         }
 #pragma omp for

@@ -169,8 +169,8 @@ class NativeDecoder(Decoder):
         self.arguments = _Model(
             (_Layer * len(layers))(*layers), self._at(self.table), positions, self._norm(model.norm),
             self._linear(model.head), config.n_layer, config.n_head, config.head_size, config.n_embd,
-            model.blocks[0].feed_forward.up.out_features, config.embd_conv, model.vocab_size, self.window,
-            ("relu", "relu2", "gelu").index(config.activation), config.embd_norm, config.qk_norm,
+            model.blocks[0].feed_forward.down.in_features, config.embd_conv, model.vocab_size, self.window,
+            ("relu", "relu2", "gelu", "swiglu").index(config.activation), config.embd_norm, config.qk_norm,
         )  # fmt: skip
 
     def _at(self, tensor: Tensor) -> int:
