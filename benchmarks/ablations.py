@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ema": {},
     "ema, constant rate": {"train": {"schedule": "constant"}},
     "growing batch": {},
-    "swiglu": {},
+    "swiglu": {"model": {"activation": "swiglu", "mlp_ratio": 8 / 3}},
 }
 EMA = 0.98
 """Decay of the averaged weights, by step; about the last 50 count."""
@@ -56,10 +56,8 @@ def built(name: str, seed: int, text: Path) -> Trainer:
     """The training of a variant."""
     import torch
     import torch.nn.functional as F
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from minigpt.model import Linear
-    from minigpt.optimizer import Optimizers
     from minigpt.trainer import Trainer
 
     class Averaging(Trainer):
@@ -94,31 +92,13 @@ def built(name: str, seed: int, text: Path) -> Trainer:
             loss.backward()
             return loss.detach()
 
-    class SwiGLU(nn.Module):
-        """Gated feed-forward layer of the same number of weights (Shazeer 2020)."""
-
-        def __init__(self, n_embd: int, hidden: int) -> None:
-            super().__init__()
-            self.up, self.down = Linear(n_embd, 2 * hidden, bias=False), Linear(hidden, n_embd, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            gate, value = self.up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * value)
-
     changes = VARIANTS[name]
     merged = {section: BASE[section] | changes.get(section, {}) for section in BASE}
     merged["train"] |= {"seed": seed}
     params = profile("shakespeare-cpu", **merged)
     corpus = prepared(argparse.Namespace(text=text, device="cpu"))
     kind = {"ema": Averaging, "ema, constant rate": Averaging, "growing batch": Growing}.get(name, Trainer)
-    run = trainer(params, corpus, kind=kind)
-    if name == "swiglu":
-        C = params.model.n_embd
-        for block in run.model.blocks:
-            block.feed_forward = SwiGLU(C, round(params.model.mlp_ratio * C * 2 / 3))  # type: ignore[assignment]
-        run.model.init_weights()
-        run.optimizers = Optimizers(run.model, run.train, run.model.compute_dtype or torch.float32)
-    return run
+    return trainer(params, corpus, kind=kind)
 
 
 def measure(name: str, seed: int, text: Path) -> dict[str, float]:

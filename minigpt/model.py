@@ -83,7 +83,13 @@ class SquaredReLU(torch.autograd.Function):
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """The activation of the feed-forward layer, elementwise."""
+    """The activation of the feed-forward layer, elementwise; ``swiglu`` halves the last dimension.
+
+    SwiGLU (Shazeer 2020) multiplies the second half of the channels by silu(z) = z sigmoid(z) of the first.
+    """
+    if name == "swiglu":
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
     if name == "relu2":
         if x.requires_grad:
             return cast("Tensor", SquaredReLU.apply(x))  # type: ignore[no-untyped-call]
@@ -232,7 +238,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         hidden = max(1, round(config.mlp_ratio * config.n_embd))
-        self.up = Linear(config.n_embd, hidden, bias=config.bias)
+        maps = 2 if config.activation == "swiglu" else 1
+        self.up = Linear(config.n_embd, maps * hidden, bias=config.bias)
         self.down = Linear(hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -374,12 +381,16 @@ class GPT(nn.Module):
         return x.to(self.compute_dtype) if self.compute_dtype else x
 
     def matrices(self) -> Iterator[tuple[Tensor, int]]:
-        """The blocks' weight matrices, each with the number of equal maps stacked in its rows (q, k and v: 3)."""
+        """The blocks' weight matrices, each with the number of equal maps stacked in its rows.
+
+        Those are q, k and v, and the two halves of SwiGLU.
+        """
         for block in self.blocks:
             yield block.attention.qkv.weight, 3
             yield block.attention.out.weight, 1
-            yield block.feed_forward.up.weight, 1
-            yield block.feed_forward.down.weight, 1
+            up, down = block.feed_forward.up, block.feed_forward.down
+            yield up.weight, up.out_features // down.in_features
+            yield down.weight, 1
 
     def flops_per_character(self) -> int:
         """Floating-point operations of training on a character (Chowdhery et al. 2022, appendix B).

@@ -1,8 +1,9 @@
 // Reading a few characters: what Decoder.compute computes, as one parallel region in which the weights are read once.
 //
 // native.py compiles this file, lays the weights out and fills the structures; the names are those of decoder.py.
-// Activations, keys and values are of type Real whatever the weights are kept in. Every sum has one order, whatever is
-// read beside it, so that a text does not depend on its company.
+// Sums are of type Real. Where weights are rounded, so is what they are multiplied by, and keys and values: to bfloat16,
+// pairs of which some processors multiply at once. Every sum has one order, whatever is read beside it, so that a text
+// does not depend on its company.
 //
 // Vectors are GCC's, of 64 bytes; on a machine with shorter ones the compiler takes several.
 
@@ -10,13 +11,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int BLOCK = 64;  // outputs of a linear map whose weights lie side by side
 constexpr int64_t ALONE = 1 << 20;  // multiplications below which one thread is done before others have come
-constexpr int TILE = 4;    // rows that are multiplied by a weight while it is in a register
+constexpr int TILE = 6;    // rows that are multiplied by a weight while it is in a register
 
 struct Linear {
     const void *weight;  // (blocks, in / PER, BLOCK, PER), filled up with zeros
@@ -62,7 +68,24 @@ To reinterpret(const From &from) {
     return to;
 }
 
-// Each lane of a vector holds the weights of one output for PER inputs that follow each other; at() unpacks one of them.
+template <class To, class From>
+To load(const From *from) {
+    To to;
+    std::memcpy(&to, from, sizeof(to));
+    return to;
+}
+
+struct Bfloat16 {  // the upper half of a float
+    uint16_t half;
+    Bfloat16() = default;
+    Bfloat16(float x) {
+        const auto bits = reinterpret<uint32_t>(x);
+        half = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    }
+    operator float() const { return reinterpret<float>(uint32_t(half) << 16); }
+};
+
+// Each lane of a vector holds PER numbers that follow each other; at() unpacks one of each.
 template <class Real, class Weight>
 struct Packed {  // float or double, as they are
     static constexpr int PER = 1;
@@ -70,7 +93,7 @@ struct Packed {  // float or double, as they are
     Vector<Real> at(int) const { return lanes; }
 };
 template <>
-struct Packed<float, uint16_t> {  // bfloat16: the upper half of a float
+struct Packed<float, Bfloat16> {
     static constexpr int PER = 2;
     Vector<uint32_t> lanes;
     Vector<float> at(int k) const { return reinterpret<Vector<float>>(k ? lanes & 0xffff0000u : lanes << 16); }
@@ -82,31 +105,66 @@ struct Packed<float, int8_t> {
     Vector<float> at(int k) const { return __builtin_convertvector((lanes << (24 - 8 * k)) >> 24, Vector<float>); }
 };
 
-// ROWS rows of x, (rows, in), times a block of weights.
-template <int ROWS, class Real, class Weight>
-void multiply(const Weight *weight, const Real *x, int64_t in, Real sums[][BLOCK]) {
-    using Lanes = Packed<Real, Weight>;
-    constexpr int LANES = 64 / sizeof(Real), VECTORS = BLOCK / LANES, PER = Lanes::PER;
-    Vector<Real> sum[ROWS][VECTORS] = {};
-    const auto step = [&](int64_t i, int inputs) __attribute__((always_inline)) {
-        Lanes packed[VECTORS];
-        std::memcpy(packed, weight, sizeof(packed));
-        weight += PER * BLOCK;
-        for (int k = 0; k < inputs; k++)
-            for (int v = 0; v < VECTORS; v++) {
-                const Vector<Real> w = packed[v].at(k);
-                for (int row = 0; row < ROWS; row++) sum[row][v] += w * x[row * in + i + k];
-            }
+// sum + weights times the inputs that they belong to.
+template <class Sum, class Lanes, class Input>
+Sum add(Sum sum, const Lanes &weights, const Input *x) {
+    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * x[k];
+    return sum;
+}
+#ifdef __AVX512BF16__
+inline Vector<float> add(Vector<float> sum, const Packed<float, Bfloat16> &weights, const Bfloat16 *x) {
+    const auto pair = reinterpret<__m512bh>(_mm512_set1_epi32(load<int32_t>(x)));
+    return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(weights.lanes), pair);
+}
+const struct Bytes {  // of the bfloat16 numbers 0 to 127, and where they go: lower, upper, lower, upper
+    Vector<uint8_t> lower[2], upper[2], first, second;
+    Bytes() {
+        for (int n = 0; n < 128; n++) {
+            lower[n / 64][n % 64] = Bfloat16(n).half;
+            upper[n / 64][n % 64] = Bfloat16(n).half >> 8;
+        }
+        for (int n = 0; n < 64; n++) {
+            first[n] = n / 4 * 4 + n % 4 / 2 + n % 2 * 64;
+            second[n] = first[n] + 2;
+        }
+    }
+} bytes;
+inline Vector<float> add(Vector<float> sum, const Packed<float, int8_t> &weights, const Bfloat16 *x) {
+    const auto signs = reinterpret<Vector<int8_t>>(weights.lanes);
+    const auto number = reinterpret<Vector<uint8_t>>(signs < 0 ? -signs : signs);
+    const auto lower = __builtin_shuffle(bytes.lower[0], bytes.lower[1], number);
+    const auto upper = __builtin_shuffle(bytes.upper[0], bytes.upper[1], number) |
+                       (reinterpret<Vector<uint8_t>>(signs) & uint8_t(0x80));
+    const auto pairs = [&](const Vector<uint8_t> &places) {
+        return Packed<float, Bfloat16>{reinterpret<Vector<uint32_t>>(__builtin_shuffle(lower, upper, places))};
     };
-    const int64_t whole = in / PER * PER;
-    for (int64_t i = 0; i < whole; i += PER) step(i, PER);
-    if (whole < in) step(whole, in - whole);
-    std::memcpy(sums, sum, sizeof(sum));
+    return add(add(sum, pairs(bytes.first), x), pairs(bytes.second), x + 2);
+}
+#endif
+
+int64_t filled(int64_t in) { return (in + 3) / 4 * 4; }  // inputs of a row with those that fill it up
+
+// ROWS rows of x, (rows, filled(in)), times a block of weights.
+template <int ROWS, class Real, class Weight, class Input>
+void multiply(const Weight *weight, const Input *x, int64_t in, int rows, Real sums[][BLOCK]) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return multiply<ROWS - 1>(weight, x, in, rows, sums);
+    using Lanes = Packed<Real, Weight>;
+    constexpr int LANES = 64 / sizeof(Real), VECTORS = BLOCK / LANES;
+    const int64_t stride = filled(in);
+    Vector<Real> sum[ROWS][VECTORS] = {};
+    for (int64_t i = 0; i < in; i += Lanes::PER)
+        for (int v = 0; v < VECTORS; v++, weight += Lanes::PER * LANES) {
+            const auto packed = load<Lanes>(weight);
+            for (int row = 0; row < ROWS; row++) sum[row][v] = add(sum[row][v], packed, x + row * stride + i);
+        }
+    for (int row = 0; row < ROWS; row++)  // one by one, or the compiler keeps the sums in memory
+        for (int v = 0; v < VECTORS; v++) std::memcpy(&sums[row][v * LANES], &sum[row][v], 64);
 }
 
-// then(row, output, value) for each value of the linear map of x, (rows, in); the threads share the blocks.
-template <class Weight, class Real, class Then>
-void apply(const Linear &map, const Real *x, int64_t rows, Then then) {
+// then(row, output, value) for each value of the linear map of x, (rows, filled(in)); the threads share the blocks.
+template <class Real, class Weight, class Input, class Then>
+void apply(const Linear &map, const Input *x, int64_t rows, Then then) {
     const auto units = static_cast<const Real *>(map.units), bias = static_cast<const Real *>(map.bias);
     constexpr int PER = Packed<Real, Weight>::PER;
     const int64_t inputs = (map.in + PER - 1) / PER * PER;
@@ -117,11 +175,7 @@ void apply(const Linear &map, const Real *x, int64_t rows, Then then) {
         for (int64_t row = 0; row < rows; row += TILE) {
             Real sums[TILE][BLOCK];
             const int tile = std::min<int64_t>(TILE, rows - row);
-            const Real *from = x + row * map.in;
-            if (tile == 4) multiply<4>(weight, from, map.in, sums);
-            if (tile == 3) multiply<3>(weight, from, map.in, sums);
-            if (tile == 2) multiply<2>(weight, from, map.in, sums);
-            if (tile == 1) multiply<1>(weight, from, map.in, sums);
+            multiply<TILE>(weight, x + row * filled(map.in), map.in, tile, sums);
             for (int n = 0; n < tile; n++)
                 for (int o = 0; o < outputs; o++) {
                     const int64_t output = block * BLOCK + o;
@@ -134,8 +188,8 @@ void apply(const Linear &map, const Real *x, int64_t rows, Then then) {
     }
 }
 
-template <class Real>
-void normalise(const Real *x, int64_t size, const Norm &norm, Real *y) {
+template <class Real, class Output>
+void normalise(const Real *x, int64_t size, const Norm &norm, Output *y) {
     Real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++) sum += x[i];
@@ -144,16 +198,19 @@ void normalise(const Real *x, int64_t size, const Norm &norm, Real *y) {
     for (int64_t i = 0; i < size; i++) squares += (x[i] - mean) * (x[i] - mean);
     const Real factor = 1 / std::sqrt(squares / size + Real(1e-5));
     const auto scale = static_cast<const Real *>(norm.scale), shift = static_cast<const Real *>(norm.shift);
-    for (int64_t i = 0; i < size; i++) y[i] = (x[i] - mean) * factor;
-    if (scale)
-        for (int64_t i = 0; i < size; i++) y[i] = y[i] * scale[i] + shift[i];
+    for (int64_t i = 0; i < size; i++) {
+        const Real normal = (x[i] - mean) * factor;
+        y[i] = scale ? normal * scale[i] + shift[i] : normal;
+    }
 }
+
+constexpr int64_t RELU2 = 1, GELU = 2, SWIGLU = 3;  // in the order of native.py
 
 template <class Real>
 Real activate(Real x, int64_t activation) {
-    if (activation == 2) return x / 2 * (1 + std::erf(x * Real(0.70710678118654752440)));
+    if (activation == GELU) return x / 2 * (1 + std::erf(x * Real(0.70710678118654752440)));
     const Real rectified = std::max(x, Real(0));
-    return activation == 1 ? rectified * rectified : rectified;
+    return activation == RELU2 ? rectified * rectified : rectified;
 }
 
 // Turn the channels of a head by the angles of its position.
@@ -166,46 +223,98 @@ void rotate(Real *x, int64_t size, const Real *cos, const Real *sin) {
     }
 }
 
-// One query's attention to slots begin to end - 1; SIZE is size where the compiler shall know it, else 0.
-template <int SIZE, class Real>
-void attend(const Real *q, const Real *keys, const Real *values, int64_t begin, int64_t end, int64_t size, Real *weights,
-            Real *y) {
-    const int64_t S = SIZE ? SIZE : size;
+// e to the power of x <= 0. In float as 2^n e^r with |r| <= ln(2) / 2 and the Taylor series, which is off by 2^-23 then.
+double power(double x) { return std::exp(x); }
+float power(float x) {
+    x = std::max(x, -87.0f);
+    const float n = x * 1.44269504f + 0x1.8p23f - 0x1.8p23f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const float series =
+        1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+    return series * reinterpret<float>((int32_t(n) + 127) << 23);
+}
+
+// Lane n of the result is the sum of vector n's lanes: two vectors become one, in which every lane has taken up another.
+template <class Real>
+Vector<Real> sums_of_lanes(Vector<Real> *vectors) {
+    constexpr int LANES = 64 / sizeof(Real);
+    using Index = Vector<std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>>;
+    Index lane;
+    for (int n = 0; n < LANES; n++) lane[n] = n;
+#pragma GCC unroll 4
+    for (int apart = LANES / 2; apart; apart /= 2)
+#pragma GCC unroll 8
+        for (int n = 0; n < apart; n++) {
+            const Vector<Real> a = vectors[n], b = vectors[n + apart];
+            const Index own = lane + (lane & apart) * (LANES / apart), other = own ^ apart;
+            vectors[n] = __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+        }
+    return vectors[0];
+}
+
+// One query's attention to slots begin to end - 1; SIZE is size where the compiler shall know it, else 0. room has space
+// for numbers of channels, slots and a vector.
+template <int SIZE, class Real, class Kept>
+void attend(const Real *query, const Kept *keys, const Kept *values, int64_t begin, int64_t end, int64_t size,
+            Real *room, Kept *y) {
+    using Lanes = Packed<Real, Kept>;
+    constexpr int LANES = 64 / sizeof(Real), PER = Lanes::PER, WIDTH = PER * LANES;
+    const int64_t S = SIZE ? SIZE : size, whole = S / WIDTH * WIDTH;
     const Real scale = 1 / std::sqrt(Real(S));
-    Real greatest = -INFINITY, total = 0;
-    for (int64_t slot = begin; slot < end; slot++) {
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < S; i++) sum += q[i] * keys[slot * S + i];
-        weights[slot] = sum * scale;
-        greatest = std::max(greatest, weights[slot]);
+    Real *const q = room, *const weights = room + S, greatest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < whole; i++) q[i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER] = query[i] * scale;
+    for (int64_t i = whole; i < S; i++) q[i] = query[i] * scale;
+    for (int64_t first = begin; first < end; first += LANES) {
+        Vector<Real> sums[LANES] = {};
+#pragma GCC unroll 16
+        for (int n = 0; n < LANES; n++) {
+            const Kept *const k = keys + std::min(first + n, end - 1) * S;
+            for (int64_t i = 0; i < whole; i += WIDTH)
+                for (int part = 0; part < PER; part++)
+                    sums[n] += load<Vector<Real>>(q + i + part * LANES) * load<Lanes>(k + i).at(part);
+            for (int64_t i = whole; i < S; i++) sums[n][i % LANES] += q[i] * k[i];
+        }
+        const Vector<Real> scores = sums_of_lanes<Real>(sums);
+        std::memcpy(weights + first, &scores, sizeof(scores));
     }
+#pragma omp simd reduction(max : greatest)
+    for (int64_t slot = begin; slot < end; slot++) greatest = std::max(greatest, weights[slot]);
 #pragma omp simd reduction(+ : total)
     for (int64_t slot = begin; slot < end; slot++) {
-        weights[slot] = std::exp(weights[slot] - greatest);
+        weights[slot] = power(weights[slot] - greatest);
         total += weights[slot];
     }
-    Real sums[SIZE ? SIZE : 1] = {};
-    Real *const to = SIZE ? sums : y;
-    std::fill_n(to, S, Real(0));
-    for (int64_t slot = begin; slot < end; slot++) {
-        const Real weight = weights[slot];
-#pragma omp simd
-        for (int64_t i = 0; i < S; i++) to[i] += weight * values[slot * S + i];
+    constexpr int AT_ONCE = SIZE ? SIZE / WIDTH : 1;
+    for (int64_t i = 0; i < whole; i += AT_ONCE * WIDTH) {
+        Vector<Real> sums[AT_ONCE][PER] = {};
+        for (int64_t slot = begin; slot < end; slot++)
+            for (int n = 0; n < AT_ONCE; n++)
+                for (int part = 0; part < PER; part++)
+                    sums[n][part] += weights[slot] * load<Lanes>(values + slot * S + i + n * WIDTH).at(part);
+        for (int n = 0; n < AT_ONCE * WIDTH; n++) y[i + n] = sums[n / WIDTH][n % PER][n % WIDTH / PER] / total;
     }
-    for (int64_t i = 0; i < S; i++) y[i] = to[i] / total;
+    for (int64_t i = whole; i < S; i++) {
+        Real sum = 0;
+        for (int64_t slot = begin; slot < end; slot++) sum += weights[slot] * values[slot * S + i];
+        y[i] = sum / total;
+    }
 }
 
 template <class Real, class Weight>
 void read(const Model &model, const Call &call) {
+    using Kept = std::conditional_t<std::is_same_v<Real, Weight>, Real, Bfloat16>;
     const int64_t B = call.batch, T = call.count, C = model.n_embd, H = model.n_head, S = model.head_size;
     const int64_t rows = B * T, slots = call.slots, predicted = call.predicted;
     const auto table = static_cast<const Real *>(model.table), positions = static_cast<const Real *>(model.positions);
     const auto cos = static_cast<const Real *>(call.cos), sin = static_cast<const Real *>(call.sin);
     const auto logits = static_cast<Real *>(call.logits);
-    std::vector<Real> residual(rows * C), normal(rows * C), qkv(rows * 3 * H * S), mixed(rows * H * S),
-        hidden(rows * model.hidden), scores(B * H * slots);
-    Real *const x = residual.data(), *const z = normal.data();
+    const int64_t mix = filled(H * S), wide = filled(model.hidden), narrow = filled(C);  // of rows that are multiplied
+    const int64_t room = slots + S + 64 / sizeof(Real);  // for a query's scores
+    std::vector<Real> residual(rows * C), qkv(rows * 3 * H * S), scores(B * H * room);
+    const int64_t gates = model.activation == SWIGLU ? model.hidden : 0;
+    std::vector<Real> gated(rows * 2 * gates);
+    std::vector<Kept> normal(rows * narrow), mixed(rows * mix), hidden(rows * wide);
+    Real *const x = residual.data();
+    Kept *const z = normal.data();
     const bool worth_it = 12 * rows * model.n_layer * C * C >= ALONE;
 #pragma omp parallel if (worth_it)
     {
@@ -223,44 +332,54 @@ void read(const Model &model, const Call &call) {
         }
         for (int64_t number = 0; number < model.n_layer; number++) {
             const Layer &layer = model.layers[number];
-            Real *const keys = static_cast<Real *>(call.kv) + number * 2 * B * H * slots * S;
-            Real *const values = keys + B * H * slots * S;
+            Kept *const keys = static_cast<Kept *>(call.kv) + number * 2 * B * H * slots * S;
+            Kept *const values = keys + B * H * slots * S;
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm1, z + row * C);
-            apply<Weight>(layer.qkv, z, rows, [&](int64_t row, int64_t o, Real y) { qkv[row * 3 * H * S + o] = y; });
+            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm1, z + row * narrow);
+            apply<Real, Weight>(layer.qkv, z, rows, [&](int64_t row, int64_t o, Real y) { qkv[row * 3 * H * S + o] = y; });
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < B * H; head++) {
                 const int64_t sequence = head / H, h = head % H;
-                Real *const k = keys + head * slots * S, *const v = values + head * slots * S;
+                Kept *const k = keys + head * slots * S, *const v = values + head * slots * S;
                 for (int64_t t = 0; t < T; t++) {
                     const int64_t row = sequence * T + t, slot = call.first + t;
-                    Real *const q = &qkv[row * 3 * H * S + h * S], *const new_k = k + slot * S;
-                    std::copy_n(q + H * S, S, new_k);
-                    std::copy_n(q + 2 * H * S, S, v + slot * S);
+                    Real *const q = &qkv[row * 3 * H * S + h * S], *const new_k = q + H * S;
                     for (Real *one : {q, new_k}) {
                         if (model.qk_norm) normalise(one, S, Norm{}, one);
                         if (cos) rotate(one, S, cos + t * S, sin + t * S);
                     }
+                    std::copy_n(new_k, S, k + slot * S);
+                    std::copy_n(new_k + H * S, S, v + slot * S);
                     const int64_t begin = std::max<int64_t>(0, slot + 1 - model.window);
-                    const auto attention = S == 64 ? attend<64, Real> : S == 32 ? attend<32, Real> : attend<0, Real>;
-                    attention(q, k, v, begin, slot + 1, S, &scores[head * slots], &mixed[(row * H + h) * S]);
+                    const auto attention = S == 64 ? attend<64, Real, Kept> : S == 32 ? attend<32, Real, Kept> : attend<0, Real, Kept>;
+                    attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * mix + h * S]);
                 }
             }
             const auto add = [&](int64_t row, int64_t o, Real y) { x[row * C + o] += y; };
-            apply<Weight>(layer.out, mixed.data(), rows, add);
+            apply<Real, Weight>(layer.out, mixed.data(), rows, add);
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm2, z + row * C);
-            apply<Weight>(layer.up, z, rows, [&](int64_t row, int64_t o, Real y) {
-                hidden[row * model.hidden + o] = activate(y, model.activation);
+            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm2, z + row * narrow);
+            apply<Real, Weight>(layer.up, z, rows, [&](int64_t row, int64_t o, Real y) {
+                if (gates) gated[row * 2 * gates + o] = y;
+                else hidden[row * wide + o] = activate(y, model.activation);
             });
-            apply<Weight>(layer.down, hidden.data(), rows, add);
+            if (gates) {
+#pragma omp for
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t i = 0; i < gates; i++) {
+                        const Real *const gate = &gated[row * 2 * gates + i];
+                        const Real small = power(-std::abs(*gate));
+                        hidden[row * wide + i] = *gate * gate[gates] * (*gate < 0 ? small : 1) / (1 + small);
+                    }
+            }
+            apply<Real, Weight>(layer.down, hidden.data(), rows, add);
         }
 #pragma omp for
         for (int64_t n = 0; n < B * predicted; n++) {
             const int64_t row = n / predicted * T + T - predicted + n % predicted;
-            normalise(x + row * C, C, model.norm, z + n * C);
+            normalise(x + row * C, C, model.norm, z + n * narrow);
         }
-        apply<Weight>(model.head, z, B * predicted,
+        apply<Real, Weight>(model.head, z, B * predicted,
                       [&](int64_t n, int64_t o, Real y) { logits[n * model.vocabulary + o] = y; });
     }
 }
@@ -270,6 +389,6 @@ void read(const Model &model, const Call &call) {
 extern "C" {
 void read_float32(const Model *model, const Call *call) { read<float, float>(*model, *call); }
 void read_float64(const Model *model, const Call *call) { read<double, double>(*model, *call); }
-void read_bfloat16(const Model *model, const Call *call) { read<float, uint16_t>(*model, *call); }
+void read_bfloat16(const Model *model, const Call *call) { read<float, Bfloat16>(*model, *call); }
 void read_int8(const Model *model, const Call *call) { read<float, int8_t>(*model, *call); }
 }

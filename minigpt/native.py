@@ -135,7 +135,7 @@ class _Call(ctypes.Structure):
 
 
 class NativeDecoder(Decoder):
-    """A decoder whose reading is one compiled function; activations, keys and values have the model's dtype.
+    """A decoder whose reading is one compiled function.
 
     Args:
         model: on a CPU; float64 with weights float32 alone.
@@ -150,6 +150,7 @@ class NativeDecoder(Decoder):
     def __init__(self, model: GPT, weights: Weights, path: Path) -> None:
         super().__init__(model, "float32")
         config = model.config
+        self.kv_dtype = self.dtype if weights == "float32" or self.dtype == torch.float64 else torch.bfloat16
         name = "float64" if self.dtype == torch.float64 else weights
         try:
             self.function: Callable[..., None] = ctypes.CDLL(str(path))[f"read_{name}"]
@@ -168,8 +169,8 @@ class NativeDecoder(Decoder):
         self.arguments = _Model(
             (_Layer * len(layers))(*layers), self._at(self.table), positions, self._norm(model.norm),
             self._linear(model.head), config.n_layer, config.n_head, config.head_size, config.n_embd,
-            model.blocks[0].feed_forward.up.out_features, config.embd_conv, model.vocab_size, self.window,
-            ("relu", "relu2", "gelu").index(config.activation), config.embd_norm, config.qk_norm,
+            model.blocks[0].feed_forward.down.in_features, config.embd_conv, model.vocab_size, self.window,
+            ("relu", "relu2", "gelu", "swiglu").index(config.activation), config.embd_norm, config.qk_norm,
         )  # fmt: skip
 
     def _at(self, tensor: Tensor) -> int:

@@ -118,7 +118,7 @@ class Muon(torch.optim.Optimizer):
                 own = [sharded_like(updates[index], self._matrices[index]) for index in members]
                 stacked = torch.stack([whole(update) for update in own]).to(self._dtype)
                 batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
-                batch = batch.view(-1, height, columns).to(updates[members[0]].dtype)
+                batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype)
                 for index, direction in zip(members, batch.unbind(), strict=True):
                     result[index] = part(direction, self._matrices[index])
         return result

@@ -50,7 +50,7 @@ class Model(Section):
     attention_window: CountOrZero
     positions: Literal["learned", "rotary"]
     rotary_base: Positive
-    activation: Literal["relu", "relu2", "gelu"]
+    activation: Literal["relu", "relu2", "gelu", "swiglu"]
     mlp_ratio: Positive
     norm_affine: bool
     embd_norm: bool

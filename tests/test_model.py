@@ -11,7 +11,7 @@ from minigpt.params import load
 SWITCHES = {
     "positions": ["learned", "rotary"],
     "attention_window": [1, 5, 8, 16],
-    "activation": ["relu", "relu2", "gelu"],
+    "activation": ["relu", "relu2", "gelu", "swiglu"],
     "norm_affine": [True, False],
     "qk_norm": [True, False],
     "embd_conv": [1, 4],
@@ -105,7 +105,7 @@ def test_at_first_all_characters_are_equally_likely():
     assert loss.item() == pytest.approx(math.log(11))
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu", "swiglu"])
 def test_gradients_are_those_of_finite_differences(activation):
     gpt = build(n_layer=1, n_embd=6, head_size=4, block_size=4, activation=activation).double().eval()
     ids = torch.randint(11, (2, 4))

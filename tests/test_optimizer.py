@@ -22,7 +22,8 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
 def test_muon_in_one_batch_is_muon_one_by_one():
     torch.manual_seed(0)
     weights = [torch.randn(12, 4), torch.randn(4, 4), torch.randn(4, 4), torch.randn(16, 4), torch.randn(4, 16)]
-    parts = [3, 1, 1, 1, 1]
+    weights.append(torch.randn(20, 4))
+    parts = [3, 1, 1, 1, 1, 2]
     ours = [torch.nn.Parameter(w.clone()) for w in weights]
     muon = Muon(zip(ours, parts, strict=True), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
     expected, means = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]

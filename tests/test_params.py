@@ -42,7 +42,10 @@ def test_reference_is_the_published_system():
         ({"model": {"n_layer": 0}}, "model.n_layer: must be at least 1, got 0"),
         ({"model": {"n_layers": 2}}, "model.n_layers: unknown key; did you mean n_layer?"),
         ({"model": {"head_size": 7}}, "model.positions: rotary positions turn pairs of channels"),
-        ({"model": {"activation": "tanh"}}, "model.activation: expected 'relu', 'relu2' or 'gelu', got 'tanh'"),
+        (
+            {"model": {"activation": "tanh"}},
+            "model.activation: expected 'relu', 'relu2', 'gelu' or 'swiglu', got 'tanh'",
+        ),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: expected a finite number, got nan"),
         ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'cuda'"),
         ({"train": {"grad_accum": 5}}, "train.grad_accum: must divide batch_size"),

@@ -59,6 +59,7 @@ VARIANTS = [
     {},
     {"optimizer": "adamw", "learning_rate": 1e-2, "grad_accum": 2, "grad_clip": 0.1},
     {"dtype": "bfloat16", "model": {"dropout_kind": "element", "tied_head": True}},
+    {"model": {"activation": "swiglu", "mlp_ratio": 2.5}},
 ]
 
 
