@@ -61,18 +61,15 @@ template <class Real>
 using Vector __attribute__((vector_size(64))) = Real;
 
 template <class To, class From>
-To reinterpret(const From &from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
-
-template <class To, class From>
 To load(const From *from) {
     To to;
     std::memcpy(&to, from, sizeof(to));
     return to;
+}
+template <class To, class From>
+To reinterpret(const From &from) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load<To>(&from);
 }
 
 struct Bfloat16 {  // the upper half of a float
