@@ -105,7 +105,7 @@ struct Packed<float, int8_t> {
 // sum + weights times the inputs that they belong to.
 template <class Sum, class Lanes, class Input>
 Sum add(Sum sum, const Lanes &weights, const Input *x) {
-    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * x[k];
+    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * +x[k];  // + makes a float of a Bfloat16
     return sum;
 }
 #ifdef __AVX512BF16__
