@@ -256,8 +256,8 @@ void attend(const Real *query, const Kept *keys, const Kept *values, int64_t beg
     const int64_t S = SIZE ? SIZE : size, whole = S / WIDTH * WIDTH;
     const Real scale = 1 / std::sqrt(Real(S));
     Real *const q = room, *const weights = room + S, greatest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < whole; i++) q[i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER] = query[i] * scale;
-    for (int64_t i = whole; i < S; i++) q[i] = query[i] * scale;
+    for (int64_t i = 0; i < S; i++)  // in the order of unpacked keys
+        q[i < whole ? i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER : i] = query[i] * scale;
     for (int64_t first = begin; first < end; first += LANES) {
         Vector<Real> sums[LANES] = {};
 #pragma GCC unroll 16
