@@ -289,7 +289,9 @@ class Decoder:
     Attributes:
         window: how many characters a position looks at, itself among them.
         dtype: of activations.
-        kv_dtype: of keys and values; at least float32 on a CPU, whose attention to bfloat16 takes 3 to 7 times as long.
+        attention_dtype: in which attention is computed; at least float32 on a CPU, where bfloat16 takes torch 3 to 7
+            times as long.
+        kv_dtype: of keys and values as they are kept.
     """
 
     @torch.no_grad()
@@ -299,7 +301,8 @@ class Decoder:
         self.window = config.attention_window or config.block_size
         self.dtype = model.embedding.weight.dtype if weights == "float32" else torch.bfloat16
         on_gpu = model.embedding.weight.is_cuda
-        self.kv_dtype = self.dtype if on_gpu or self.dtype != torch.bfloat16 else torch.float32
+        self.attention_dtype = self.dtype if on_gpu or self.dtype != torch.bfloat16 else torch.float32
+        self.kv_dtype = self.attention_dtype
         self.layers = [Layer(block, config, weights, self.dtype) for block in model.blocks]
         self.norm, self.head = normalised(model.norm, self.dtype), packed(model.head, weights)
         # One row for each character at each of the convolution's taps, the newest last, and a row of zeros for none.
@@ -368,5 +371,5 @@ class Decoder:
     def _turns(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of rotary angles, both halves of the channels side by side, (length, S)."""
         cos, sin = rotary_angles(self.model.config, length)
-        device = self.table.device
-        return torch.cat((cos, cos), 1).to(device, self.kv_dtype), torch.cat((-sin, sin), 1).to(device, self.kv_dtype)
+        where, dtype = self.table.device, self.attention_dtype
+        return torch.cat((cos, cos), 1).to(where, dtype), torch.cat((-sin, sin), 1).to(where, dtype)

@@ -61,18 +61,15 @@ template <class Real>
 using Vector __attribute__((vector_size(64))) = Real;
 
 template <class To, class From>
-To reinterpret(const From &from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
-
-template <class To, class From>
 To load(const From *from) {
     To to;
     std::memcpy(&to, from, sizeof(to));
     return to;
+}
+template <class To, class From>
+To reinterpret(const From &from) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load<To>(&from);
 }
 
 struct Bfloat16 {  // the upper half of a float
@@ -108,7 +105,7 @@ struct Packed<float, int8_t> {
 // sum + weights times the inputs that they belong to.
 template <class Sum, class Lanes, class Input>
 Sum add(Sum sum, const Lanes &weights, const Input *x) {
-    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * x[k];
+    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * +x[k];  // + makes a float of a Bfloat16
     return sum;
 }
 #ifdef __AVX512BF16__
@@ -261,8 +258,8 @@ void attend(const Real *query, const Kept *keys, const Kept *values, int64_t beg
     const int64_t S = SIZE ? SIZE : size, whole = S / WIDTH * WIDTH;
     const Real scale = 1 / std::sqrt(Real(S));
     Real *const q = room, *const weights = room + S, greatest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < whole; i++) q[i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER] = query[i] * scale;
-    for (int64_t i = whole; i < S; i++) q[i] = query[i] * scale;
+    for (int64_t i = 0; i < S; i++)  // in the order of unpacked keys
+        q[i < whole ? i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER : i] = query[i] * scale;
     for (int64_t first = begin; first < end; first += LANES) {
         Vector<Real> sums[LANES] = {};
 #pragma GCC unroll 16

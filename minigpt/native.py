@@ -137,6 +137,8 @@ class _Call(ctypes.Structure):
 class NativeDecoder(Decoder):
     """A decoder whose reading is one compiled function.
 
+    With rounded weights, their inputs, keys and values are bfloat16, and all else is float32.
+
     Args:
         model: on a CPU; float64 with weights float32 alone.
         weights: as for :class:`Decoder`.
@@ -150,8 +152,8 @@ class NativeDecoder(Decoder):
     def __init__(self, model: GPT, weights: Weights, path: Path) -> None:
         super().__init__(model, "float32")
         config = model.config
-        self.kv_dtype = self.dtype if weights == "float32" or self.dtype == torch.float64 else torch.bfloat16
         name = "float64" if self.dtype == torch.float64 else weights
+        self.kv_dtype = torch.bfloat16 if weights != "float32" else self.dtype
         try:
             self.function: Callable[..., None] = ctypes.CDLL(str(path))[f"read_{name}"]
         except OSError as error:
