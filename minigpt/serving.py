@@ -43,7 +43,7 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         from minigpt.generator import Generator
         from minigpt.ranks import choose_device
 
-        self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"))
+        self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"), compiled="kept")
 
     def predict(
         self,
