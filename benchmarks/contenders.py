@@ -94,7 +94,8 @@ def peer(who: str, vocab_size: int, size: dict[str, int], device: str) -> Peer:
     from benchmarks import peers
 
     torch.manual_seed(1337)
-    return {"hf": peers.HuggingFace, "reference": peers.Reference}[who](vocab_size, **size).to(device)
+    kinds = {"hf": peers.HuggingFace, "x": peers.XTransformers, "reference": peers.Reference}
+    return kinds[who](vocab_size, **size).to(device)
 
 
 def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, block_size: int) -> Any:
@@ -219,6 +220,8 @@ def speed_of_minigpt(options: Options, config: str) -> Measured:
 
 @contender("training, characters per second", "Hugging Face GPT-2", who="hf")
 @contender("training, characters per second", f"Hugging Face GPT-2, {SETTLED}", who="hf")
+@contender("training, characters per second", "x-transformers", who="x")
+@contender("training, characters per second", f"x-transformers, {SETTLED}", who="x")
 @contender("training, characters per second", "reference algorithm, float32", who="reference")
 def speed_of_peer(options: Options, who: str) -> Measured:
     """The same of a peer."""
@@ -355,18 +358,20 @@ def writing_of_minigpt(
 
 @contender(ONE_TEXT, "Hugging Face generate", who="hf", batch=1)
 @contender(ONE_TEXT, f"Hugging Face generate, {SETTLED}", who="hf", batch=1)
+@contender(ONE_TEXT, "x-transformers generate", who="x", batch=1)
 @contender(ONE_TEXT, "loop without a cache", who="reference", batch=1)
 @contender(SIXTEEN, "Hugging Face generate", who="hf", batch=16)
+@contender(SIXTEEN, "x-transformers generate", who="x", batch=16)
 @contender("writing 512 texts, characters per second", "Hugging Face generate", who="hf", batch=512)
 def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
-    """A peer of the published size writes: Hugging Face's in bfloat16 where the hardware has it."""
+    """A peer of the published size writes: a library's in bfloat16 where the hardware has it."""
     import torch
 
-    from minigpt.ranks import compute_dtype
+    from minigpt.ranks import has_bfloat16
 
     model = peer(who, 65, FULL, options.device).eval()
-    if who == "hf":
-        model = model.to(compute_dtype("auto", torch.device(options.device)) or torch.float32)
+    if who != "reference":
+        model = model.to(torch.bfloat16 if has_bfloat16(torch.device(options.device)) else torch.float32)
     start = torch.zeros(batch, 1, dtype=torch.long, device=options.device)
     return writing(options, batch, lambda length: model.generate(start, length))
 

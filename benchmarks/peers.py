@@ -118,6 +118,33 @@ class HuggingFace(Peer):
         return self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **sizes)
 
 
+class XTransformers(Peer):
+    """x-transformers' decoder of a given size, as its README builds one for speed: the flash kernel, rotary positions.
+
+    Raises:
+        ImportError: x-transformers is not installed.
+    """
+
+    def __init__(self, vocab_size: int, n_layer: int, n_head: int, n_embd: int, block_size: int) -> None:
+        super().__init__(block_size)
+        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+        layers = Decoder(
+            dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=n_embd // n_head, attn_flash=True,
+            rotary_pos_emb=True,
+        )  # fmt: skip
+        self.model = TransformerWrapper(num_tokens=vocab_size, max_seq_len=block_size, attn_layers=layers)
+        self.writer = AutoregressiveWrapper(self.model)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
+        return self.model(ids)
+
+    def generate(self, ids: Tensor, length: int) -> Tensor:
+        """The library's own loop and cache."""
+        return torch.cat((ids, self.writer.generate(ids, length, filter_kwargs={"frac_num_tokens": 1.0})), 1)
+
+
 def random_windows(tokens: Tensor, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Ids and targets (B, T) at random places."""
     starts = torch.randint(len(tokens) - block_size, (batch_size,), device=tokens.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minigpt.model import GPT, Block, Linear, Norm, activate, causal_mask, rotary_angles
 from minigpt.params import Model as Config
-from minigpt.ranks import compute_dtype
+from minigpt.ranks import has_bfloat16
 
 STEPS_BEFORE_CAPTURE = 16
 """Characters read one at a time before that is captured as a CUDA graph, which takes as long as some dozen."""
@@ -29,7 +29,7 @@ Weights = Literal["float32", "bfloat16", "int8"]
 def choose_weights(name: str, device: torch.device) -> Weights:
     """The weights for ``sample.dtype``: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
     if name == "auto":
-        return "bfloat16" if compute_dtype("auto", device) else "float32"
+        return "bfloat16" if has_bfloat16(device) else "float32"
     return cast("Weights", name)
 
 
@@ -68,7 +68,7 @@ def loss_by_weights(model: GPT, loss: Callable[[GPT], float]) -> dict[str, float
     losses = {}
     for weights in get_args(Weights):
         variant = rounded(model, weights)
-        variant.compute_dtype = None if weights == "float32" else compute_dtype("auto", device)
+        variant.compute_dtype = torch.bfloat16 if weights != "float32" and has_bfloat16(device) else None
         same = weights == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
         losses[weights] = loss(model if same else variant)
     return losses

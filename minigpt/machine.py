@@ -6,8 +6,9 @@ import platform
 import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from minigpt.process import processor
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,7 @@ def describe(device: torch.device) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # there is no such file but on Linux
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return f"{processor('model name') or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 class Monitor:

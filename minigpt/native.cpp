@@ -1,9 +1,9 @@
 // Reading a few characters: what Decoder.compute computes, as one parallel region in which the weights are read once.
 //
 // native.py compiles this file, lays the weights out and fills the structures; the names are those of decoder.py.
-// Sums are of type Real. Where weights are rounded, so is what they are multiplied by, and keys and values: to bfloat16,
-// pairs of which some processors multiply at once. Every sum has one order, whatever is read beside it, so that a text
-// does not depend on its company.
+// Sums are of type Real. Where weights are rounded, so are keys and values: to bfloat16. Some processors multiply pairs
+// of such numbers at once, for which what weights are multiplied by is rounded, too. Every sum has one order, whatever
+// is read beside it, so that a text does not depend on its company.
 //
 // Vectors are GCC's, of 64 bytes; on a machine with shorter ones the compiler takes several.
 
@@ -16,6 +16,9 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
 #endif
 
 namespace {
@@ -105,7 +108,7 @@ struct Packed<float, int8_t> {
 // sum + weights times the inputs that they belong to.
 template <class Sum, class Lanes, class Input>
 Sum add(Sum sum, const Lanes &weights, const Input *x) {
-    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * +x[k];  // + makes a float of a Bfloat16
+    for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * x[k];
     return sum;
 }
 #ifdef __AVX512BF16__
@@ -250,9 +253,9 @@ Vector<Real> sums_of_lanes(Vector<Real> *vectors) {
 
 // One query's attention to slots begin to end - 1; SIZE is size where the compiler shall know it, else 0. room has space
 // for numbers of channels, slots and a vector.
-template <int SIZE, class Real, class Kept>
+template <int SIZE, class Real, class Kept, class Input>
 void attend(const Real *query, const Kept *keys, const Kept *values, int64_t begin, int64_t end, int64_t size,
-            Real *room, Kept *y) {
+            Real *room, Input *y) {
     using Lanes = Packed<Real, Kept>;
     constexpr int LANES = 64 / sizeof(Real), PER = Lanes::PER, WIDTH = PER * LANES;
     const int64_t S = SIZE ? SIZE : size, whole = S / WIDTH * WIDTH;
@@ -299,6 +302,7 @@ void attend(const Real *query, const Kept *keys, const Kept *values, int64_t beg
 template <class Real, class Weight>
 void read(const Model &model, const Call &call) {
     using Kept = std::conditional_t<std::is_same_v<Real, Weight>, Real, Bfloat16>;
+    using Input = std::conditional_t<PAIRS, Kept, Real>;
     const int64_t B = call.batch, T = call.count, C = model.n_embd, H = model.n_head, S = model.head_size;
     const int64_t rows = B * T, slots = call.slots, predicted = call.predicted;
     const auto table = static_cast<const Real *>(model.table), positions = static_cast<const Real *>(model.positions);
@@ -309,9 +313,9 @@ void read(const Model &model, const Call &call) {
     std::vector<Real> residual(rows * C), qkv(rows * 3 * H * S), scores(B * H * room);
     const int64_t gates = model.activation == SWIGLU ? model.hidden : 0;
     std::vector<Real> gated(rows * 2 * gates);
-    std::vector<Kept> normal(rows * narrow), mixed(rows * mix), hidden(rows * wide);
+    std::vector<Input> normal(rows * narrow), mixed(rows * mix), hidden(rows * wide);
     Real *const x = residual.data();
-    Kept *const z = normal.data();
+    Input *const z = normal.data();
     const bool worth_it = 12 * rows * model.n_layer * C * C >= ALONE;
 #pragma omp parallel if (worth_it)
     {
@@ -348,7 +352,7 @@ void read(const Model &model, const Call &call) {
                     std::copy_n(new_k, S, k + slot * S);
                     std::copy_n(new_k + H * S, S, v + slot * S);
                     const int64_t begin = std::max<int64_t>(0, slot + 1 - model.window);
-                    const auto attention = S == 64 ? attend<64, Real, Kept> : S == 32 ? attend<32, Real, Kept> : attend<0, Real, Kept>;
+                    const auto attention = S == 64 ? attend<64, Real, Kept, Input> : S == 32 ? attend<32, Real, Kept, Input> : attend<0, Real, Kept, Input>;
                     attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * mix + h * S]);
                 }
             }

@@ -2,8 +2,8 @@
 
 torch computes a character in some two hundred operations of a few microseconds each. Here they are one, in which the
 threads wait for each other where a layer needs it, and the weights are read once. Sums are in float32 and of one order
-each, whatever is read beside them: a text is bitwise the same in any company. Processors that multiply pairs of
-bfloat16 numbers (AVX512-BF16) do.
+each, whatever is read beside them: a text is bitwise the same in any company. Where the processor multiplies pairs of
+bfloat16 numbers (AVX512-BF16) faster than one by one, it does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from torch import Tensor
 from minigpt.decoder import Cache, Decoder, Weights, round_to_int8
 from minigpt.errors import UserError
 from minigpt.model import GPT, Linear, Norm
+from minigpt.process import processor
+from minigpt.ranks import halves_bfloat16
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
@@ -54,9 +56,9 @@ def library(build: bool = True) -> Path:
     Raises:
         NotCompiledError: it is missing, and is not to be made or cannot be.
     """
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
-    features = next((line for line in cpuinfo.splitlines() if line.lower().startswith(("flags", "features"))), cpuinfo)
-    made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *FLAGS, platform.machine(), features))
+    flags = (*FLAGS, *(("-mno-avx512bf16",) if halves_bfloat16() else ()))
+    features = processor("flags", "Features")
+    made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, platform.machine(), features))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -70,7 +72,7 @@ def library(build: bool = True) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             made = Path(temporary) / path.name
-            ran = subprocess.run([compiler, *FLAGS, "-o", made, SOURCE], check=False, capture_output=True, text=True)
+            ran = subprocess.run([compiler, *flags, "-o", made, SOURCE], check=False, capture_output=True, text=True)
             if ran.returncode:
                 raise NotCompiledError(f"{compiler} fails: {(ran.stderr.splitlines() or ['without a word'])[0]}")
             made.replace(path)
@@ -138,7 +140,7 @@ class _Call(ctypes.Structure):
 class NativeDecoder(Decoder):
     """A decoder whose reading is one compiled function.
 
-    With rounded weights, their inputs, keys and values are bfloat16, and all else is float32.
+    With rounded weights, keys and values are bfloat16, and so is what is multiplied in pairs; all else is float32.
 
     Args:
         model: on a CPU; float64 with weights float32 alone.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,16 @@ def settle(alert: bool = False) -> None:
 def cores() -> list[int]:
     """The cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def processor(*fields: str) -> str:
+    """What Linux says of the processor in the first of these fields that it has, such as its maker (vendor_id)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # there is no such file but on Linux
+        lines = []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return next((said[field] for field in fields if field in said), platform.processor())
 
 
 def keep_to_share() -> None:

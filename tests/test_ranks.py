@@ -147,3 +147,20 @@ def test_dtypes():
     cpu = torch.device("cpu")
     assert compute_dtype("float32", cpu) is None
     assert compute_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "maker, amx, pairs, expected",
+    [
+        ("AuthenticAMD", False, True, torch.bfloat16),
+        ("AuthenticAMD", False, False, None),
+        ("GenuineIntel", False, True, None),
+        ("GenuineIntel", True, True, torch.bfloat16),
+    ],
+)
+def test_on_a_cpu_bfloat16_is_taken_where_it_is_the_faster(monkeypatch, maker, amx, pairs, expected):
+    said = {"vendor_id": maker, "flags": "avx512f avx512_bf16" if pairs else "avx512f"}
+    monkeypatch.setattr(ranks, "processor", lambda *fields: said[fields[0]])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs)
+    assert compute_dtype("auto", torch.device("cpu")) == expected
