@@ -214,6 +214,8 @@ def speed_of_minigpt(options: Options, config: str) -> Measured:
     off = {"device": options.device, "dtype": "auto", "token_dropout": 0.0}
     params = profile(config, model={"dropout": 0.0}, train=off)
     run = trainer(params, prepared(options))
+    if run.compiled:
+        run._compile(0)
     dtype = run.model.compute_dtype or torch.float32
     return speed(options, run._step, run.model, dtype)
 

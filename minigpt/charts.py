@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 
     from minigpt.report import Report
 
+Fonts = dict[str, set[int]]
+"""The code points that fonts have, by their names."""
+
 INK, TRAIN, VAL = "#22223b", "#9a8c98", "#c1440e"
+
+FONTS = (
+    "DejaVu Sans", "Noto Sans Devanagari", "Lohit Devanagari", "Kohinoor Devanagari", "Nirmala UI", "Mangal",
+    "FreeSans", "Noto Sans", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
+"""What characters are drawn in, the first that has them; matplotlib brings only the first."""
 
 NAMED = 100
 """Characters that have their name beside them in a picture, the most frequent."""
@@ -55,18 +64,24 @@ def evaluation(report: Report, compared: list[dict[str, Any]], title: str, targe
         title: stands above.
         target: a file name; its ending chooses the format.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    grid = figure.add_gridspec(2, 3)
-    pairs = [{**row, "pair": f"{_drawn(row['target'])} as {_drawn(row['guess'])}"} for row in report.confusions()[:15]]
-    _bars(figure.add_subplot(grid[0, 0]), compared, "model", "loss", title="Beside counting, nats", form="{:.3f}")
-    _positions(figure.add_subplot(grid[0, 1]), report)
-    _calibration(figure.add_subplot(grid[0, 2]), report)
-    _characters(figure.add_subplot(grid[1, :2]), report)
-    _bars(figure.add_subplot(grid[1, 2]), pairs, "pair", "count", title="Most confused pairs, times", form="{:,}")
-    figure.savefig(target, dpi=120)
+    fonts = _fonts()
+    pairs = [
+        {**row, "pair": f"{_drawn(row['target'], fonts)} as {_drawn(row['guess'], fonts)}"}
+        for row in report.confusions()[:15]
+    ]
+    with rc_context({"font.family": list(fonts)}):
+        figure = Figure(figsize=(13, 8), layout="constrained")
+        figure.suptitle(title, parse_math=False)
+        grid = figure.add_gridspec(2, 3)
+        _bars(figure.add_subplot(grid[0, 0]), compared, "model", "loss", title="Beside counting, nats", form="{:.3f}")
+        _positions(figure.add_subplot(grid[0, 1]), report)
+        _calibration(figure.add_subplot(grid[0, 2]), report)
+        _characters(figure.add_subplot(grid[1, :2]), report, fonts)
+        _bars(figure.add_subplot(grid[1, 2]), pairs, "pair", "count", title="Most confused pairs, times", form="{:,}")
+        figure.savefig(target, dpi=120)
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], name: str, value: str, *, title: str, form: str) -> None:
@@ -95,11 +110,11 @@ def _calibration(axes: Axes, report: Report) -> None:
     _dress(axes, title, "probability of the likeliest character", "how often it came")
 
 
-def _characters(axes: Axes, report: Report) -> None:
+def _characters(axes: Axes, report: Report, fonts: Fonts) -> None:
     rows = report.characters()
     axes.scatter([row["count"] for row in rows], [row["loss"] for row in rows], color=TRAIN, s=8)
     for row in rows[:NAMED]:
-        name = _drawn(row["character"])
+        name = _drawn(row["character"], fonts)
         place = (row["count"], row["loss"])
         axes.annotate(name, place, (2, 2), textcoords="offset points", color=INK, parse_math=False)
     axes.set_xscale("log")
@@ -113,9 +128,15 @@ def _dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _drawn(name: str) -> str:
-    """``name``, or the code point of its last character where matplotlib's font lacks one."""
-    from matplotlib.font_manager import findfont, get_font
+def _fonts() -> Fonts:
+    """Those of FONTS that are installed."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
 
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    return name if all(ord(character) in known for character in name) else f"U+{ord(name[-1]):04X}"
+    installed = set(fontManager.get_font_names())
+    return {name: set(get_font(findfont(name)).get_charmap()) for name in FONTS if name in installed}
+
+
+def _drawn(name: str, fonts: Fonts) -> str:
+    """``name``, or the code point of its last character where no font has one of its characters."""
+    has_all = all(any(ord(character) in known for known in fonts.values()) for character in name)
+    return name if has_all else f"U+{ord(name[-1]):04X}"

@@ -49,7 +49,7 @@ IN_MEMORY = 1 << 28
 
 SPLITS = ("train.npy", "val.npy")
 
-SWEEP_CHARS = {"cpu": 1 << 13, "cuda": 1 << 18}
+SWEEP_CHARS = {"cpu": 1 << 13, "cuda": 1 << 16}
 """Characters of a batch of an exact sweep, by device."""
 
 

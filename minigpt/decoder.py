@@ -7,9 +7,10 @@ together. Weights are packed once, in the form in which the hardware multiplies 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,6 @@ class Cache:
         self.nothing = decoder.model.vocab_size
         self.window, self.slots = decoder.window, slots
         self.step: Step | None = None
-        self.steps = 0
         self.mask = causal_mask(slots, decoder.window).to(device, decoder.kv_dtype)
         self.clear()
 
@@ -233,8 +233,13 @@ class Step:
     All that changes from character to character lies in tensors that stay where they are.
     """
 
+    stream: ClassVar[torch.cuda.Stream | None] = None
+    """Where graphs are captured, one for all: libraries keep memory for each stream that they have seen."""
+
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
-        self.decoder, self.cache = decoder, cache
+        # The cache owns its step: of a cycle, the graph would be destroyed whenever garbage is next collected, which
+        # must not be while another is captured.
+        self.decoder, self.cache = decoder, weakref.proxy(cache)
         device = cache.ids.device
         self.ids = cache.ids[:, :1].clone()
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
@@ -242,6 +247,7 @@ class Step:
         self.turn = None if decoder.turn(0, 1) is None else tuple(part.clone() for part in decoder.turn(0, 1) or ())
         self.columns = torch.arange(cache.slots, device=device)
         self.taps = torch.arange(len(decoder.offsets), device=device)
+        self.count = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def compute(self) -> Tensor:
@@ -262,21 +268,28 @@ class Step:
         for kept, now in zip(self.turn or (), place.turn or (), strict=True):
             kept.copy_(now)
 
-    def replay(self, ids: Tensor, place: Place) -> Tensor:
+    def read(self, ids: Tensor, place: Place) -> Tensor:
         """What :meth:`Decoder.read` gives for ids (B, 1) at ``place``; valid until the next call."""
         self.load(ids, place)
-        if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # what libraries set up at their first calls must not be captured
-                    self.compute()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.compute()
+        self.count += 1
+        if self.count <= STEPS_BEFORE_CAPTURE:
+            return self.compute()
+        self.graph = self.graph or self.capture()
         self.graph.replay()
         return self.logits
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """The graph, which writes to ``logits``."""
+        Step.stream = stream = Step.stream or torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what libraries set up at their first calls must not be captured
+                self.compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.logits = self.compute()
+        return graph
 
 
 class Decoder:
@@ -301,6 +314,8 @@ class Decoder:
         self.window = config.attention_window or config.block_size
         self.dtype = model.embedding.weight.dtype if weights == "float32" else torch.bfloat16
         on_gpu = model.embedding.weight.is_cuda
+        if on_gpu:  # cuDNN plans anew, for some 30 ms, for every number of keys
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.attention_dtype = self.dtype if on_gpu or self.dtype != torch.bfloat16 else torch.float32
         self.kv_dtype = self.attention_dtype
         self.layers = [Layer(block, config, weights, self.dtype) for block in model.blocks]
@@ -331,10 +346,9 @@ class Decoder:
         T = ids.size(1)
         cache.make_room(T)
         place = cache.place(T, self.turn(cache.length, T))
-        cache.steps += T == 1
-        if ids.is_cuda and T == 1 and cache.steps > STEPS_BEFORE_CAPTURE:
+        if ids.is_cuda and T == 1:
             cache.step = cache.step or Step(self, cache)
-            logits = cache.step.replay(ids, place)
+            logits = cache.step.read(ids, place)
         else:
             taps = len(self.offsets)
             cache.ids.narrow(1, cache.before + cache.used, T).copy_(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,6 +123,8 @@ class Stops:
 
     def add(self, character: str) -> str:
         """Write a character; gives what can be shown now."""
+        if not self.stop:
+            return character
         if self.ended:
             return ""
         self.held += character
@@ -166,6 +169,7 @@ class Generator:
         self.decoder = native.decoder(model, weights, compiled, characters)
         # Compiled, a read of several characters takes nearly as many times as long: guesses cost more than they give.
         self.drafts = None if isinstance(self.decoder, native.NativeDecoder) else drafts
+        self._kept: Cache | None = None
 
     @classmethod
     def load(
@@ -235,29 +239,42 @@ class Generator:
         text[:, : len(read)] = read
         drafts = self.drafts if samples == decoding.repetition_penalty == 1 and device.type == "cpu" else None
         last = read[-max(ORDERS) :].tolist()
-        cache = self.decoder.cache(samples, context + self.decoder.window if roll else context)
         since, end = 0 if roll else max(0, len(read) - context), len(read)
-        while end < text.size(1):
-            if not roll and end - since > context:
-                since = end - (context if decoding.overflow == "slide" else max(1, context // 2))
-                cache.clear()
-            guesses: list[int] = []
-            if drafts and since + cache.length == end - 1:
-                room = min(GUESSES, text.size(1) - end - 1, context if roll else since + context - end)
-                guesses = drafts.after(last, room)
-                text[0, end : end + len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
-            logits = self._read(text[:, since : end + len(guesses)], cache, 1 + len(guesses))
-            if decoding.repetition_penalty != 1:
-                logits = penalise(logits, text[:, max(0, end - context) : end], decoding.repetition_penalty)
-            place = end - len(read)
-            ids = choose(logits, decoding, draws[:, place : place + 1 + len(guesses)].flatten()).view(samples, -1)
-            columns = ids.T.tolist()
-            new = columns[: 1 + leading(guesses, columns)]
-            text[:, end : end + len(new)] = ids[:, : len(new)]
-            cache.unread(len(columns) - len(new))
-            end += len(new)
-            last = [*last, *(column[0] for column in new)][-max(ORDERS) :]
-            yield from new
+        with self._empty_cache(samples, context + self.decoder.window if roll else context) as cache:
+            while end < text.size(1):
+                if not roll and end - since > context:
+                    since = end - (context if decoding.overflow == "slide" else max(1, context // 2))
+                    cache.clear()
+                guesses: list[int] = []
+                if drafts and since + cache.length == end - 1:
+                    room = min(GUESSES, text.size(1) - end - 1, context if roll else since + context - end)
+                    guesses = drafts.after(last, room)
+                    text[0, end : end + len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
+                logits = self._read(text[:, since : end + len(guesses)], cache, 1 + len(guesses))
+                if decoding.repetition_penalty != 1:
+                    logits = penalise(logits, text[:, max(0, end - context) : end], decoding.repetition_penalty)
+                place = end - len(read)
+                ids = choose(logits, decoding, draws[:, place : place + 1 + len(guesses)].flatten()).view(samples, -1)
+                columns = ids.T.tolist()
+                new = columns[: 1 + leading(guesses, columns)]
+                text[:, end : end + len(new)] = ids[:, : len(new)]
+                cache.unread(len(columns) - len(new))
+                end += len(new)
+                last = [*last, *(column[0] for column in new)][-max(ORDERS) :]
+                yield from new
+
+    @contextmanager
+    def _empty_cache(self, samples: int, slots: int) -> Iterator[Cache]:
+        """A cache to fill: the one that was used last, if it fits, with the graph that a GPU has captured for it."""
+        cache, self._kept = self._kept, None
+        if cache is None or cache.ids.size(0) != samples or cache.slots != slots:
+            cache = None  # its memory is free before the next is made
+            cache = self.decoder.cache(samples, slots)
+        cache.clear()
+        try:
+            yield cache
+        finally:
+            self._kept = cache
 
     def _read(self, text: Tensor, cache: Cache, predicted: int) -> Tensor:
         """Read what of ``text`` (B, T) is not in the cache, at most a context at a time.

@@ -99,15 +99,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             directions = self._orthogonalized(list(torch._foreach_lerp(grads, means, group["momentum"])))
             if self.found_inf is not None:
-                bad = self.found_inf.bool()
-                directions = [torch.where(bad, 0, direction) for direction in directions]
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * (~bad).to(params[0].dtype))
+                good = (~self.found_inf.bool()).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
             elif group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, directions, alpha=-group["lr"])
 
     def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
-        """The updates as :func:`orthogonalize` makes them, scaled by sqrt(max(1, rows / columns))."""
+        """The updates as :func:`orthogonalize` makes them, times sqrt(max(1, rows / columns)); 0 where not finite."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for index, (matrix, parts) in enumerate(zip(self._matrices, self._parts, strict=True)):
             shapes.setdefault((matrix.size(0) // parts, matrix.size(1), matrix.size(0)), []).append(index)
@@ -118,7 +117,10 @@ class Muon(torch.optim.Optimizer):
                 own = [sharded_like(updates[index], self._matrices[index]) for index in members]
                 stacked = torch.stack([whole(update) for update in own]).to(self._dtype)
                 batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
-                batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype)
+                # Contiguous, so that all are added to the weights at once.
+                batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype).contiguous()
+                if self.found_inf is not None:
+                    batch = torch.where(self.found_inf.bool(), 0, batch)
                 for index, direction in zip(members, batch.unbind(), strict=True):
                     result[index] = part(direction, self._matrices[index])
         return result

@@ -20,6 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 
 _held: list[int] = []
+_share: set[int] = set()
 
 
 def settle(alert: bool = False) -> None:
@@ -125,7 +126,17 @@ def place_threads(alert: bool = False) -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         return
     _held.extend(locks)
+    _share.update(cores())
     os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | ({"OMP_WAIT_POLICY": "active"} if alert else {})
+
+
+def unbind() -> None:
+    """Let this thread, and those that it starts, run on all of the process's cores: for what computes on a GPU.
+
+    Importing torch has bound it to one, and a GPU's kernels are compiled by as many processes as it may use cores.
+    """
+    if _share and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _share)
 
 
 def keep_memory() -> None:

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from minigpt.errors import PeerLost, UserError
-from minigpt.process import processor
+from minigpt.process import processor, unbind
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -203,6 +203,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         if index >= count:
             raise UserError(f"train.device: {name} is asked for, but {count} CUDA devices are here; set it to auto")
         torch.cuda.set_device(index)
+        unbind()
         return torch.device("cuda", index)
     return torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         from minigpt.ranks import choose_device
 
         self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"), compiled="kept")
+        self.turn = threading.Lock()
 
     def predict(
         self,
@@ -75,10 +77,11 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             raise MlflowException.invalid_parameter_value(f"out of range: {wanted}")
         length = wanted.pop("max_new_tokens")
         try:
-            return [
-                self.generator.generate(prompt, length, Decoding(**wanted))[0]
-                for prompt in model_input["prompt"].tolist()
-            ]
+            with self.turn:  # requests come in several threads; each is to have all cores
+                return [
+                    self.generator.generate(prompt, length, Decoding(**wanted))[0]
+                    for prompt in model_input["prompt"].tolist()
+                ]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -259,12 +259,12 @@ class Trainer:
         Raises:
             UserError: it does not compile here, and ``train.compile`` insists.
         """
-        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._dynamo.exc import TorchDynamoException
 
         self.logits = torch.compile(self.parallel)
         try:
             self._gradient(step)
-        except BackendCompilerFailed as error:
+        except TorchDynamoException as error:
             why = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
             if self.train.compile == "always":
                 raise UserError(f"train.compile: {why}; set it to auto or never") from None

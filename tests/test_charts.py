@@ -18,7 +18,8 @@ def test_the_loss_is_drawn(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_tables_of_an_evaluation_are_drawn_in_any_script(tmp_path):
+def test_the_tables_of_an_evaluation_are_drawn_in_any_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "FONTS", ["DejaVu Sans", "no such font"])
     report = Report(4, Tokenizer("\n $_a\u0915\u093f\u4e00"), "cpu")
     targets = torch.randint(8, (50, 4), generator=torch.Generator().manual_seed(0))
     logits = torch.randn(50, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -38,3 +39,11 @@ def test_the_tables_of_an_evaluation_are_drawn_in_any_script(tmp_path):
         "U+093F",
     ):
         assert text in drawn, text
+
+
+def test_a_character_is_drawn_in_the_first_font_that_has_it(monkeypatch):
+    monkeypatch.setattr(charts, "FONTS", ["DejaVu Sans", "STIXGeneral"])
+    fonts = charts._fonts()
+    only_there = chr(min(fonts["STIXGeneral"] - fonts["DejaVu Sans"]))
+    assert charts._drawn(only_there, fonts) == only_there
+    assert charts._drawn(only_there, {"DejaVu Sans": fonts["DejaVu Sans"]}) == f"U+{ord(only_there):04X}"

@@ -119,6 +119,16 @@ def test_streaming_gives_the_same_characters():
     assert "ab" + "".join(c for (c,) in gen.stream("ab", 60, decoding)) == gen.generate("ab", 60, decoding)[0]
 
 
+@HOW
+def test_texts_that_are_written_by_turns_do_not_mix(how):
+    gen, prompts = generator(how), ("ab", "hgfe")
+    apart = [gen.generate(prompt, 60, Decoding(seed=5))[0] for prompt in prompts]
+    for _ in range(2):
+        by_turns = zip(*(gen.stream(prompt, 60, Decoding(seed=5)) for prompt in prompts), strict=True)
+        written = ["".join(one for (one,) in pieces) for pieces in zip(*by_turns, strict=True)]
+        assert [prompt + text for prompt, text in zip(prompts, written, strict=True)] == apart
+
+
 def test_nothing_to_write_gives_the_prompt():
     assert generator().generate("ab", 0, Decoding(), samples=2) == ["ab", "ab"]
 

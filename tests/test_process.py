@@ -50,6 +50,19 @@ def test_the_second_process_does_not_bind_its_threads(tmp_path):
     assert json.loads(ran.stdout)[1] == {"OMP_WAIT_POLICY": "passive"}
 
 
+@pytest.mark.skipif(sys.platform != "linux" or len(process.cores()) < 2, reason="there is nothing to be bound to")
+def test_a_thread_that_torch_has_bound_is_unbound_for_a_gpu(tmp_path):
+    code = (
+        "from minigpt import process; here = process.cores(); process.settle(); import torch; torch.ones(9).sum();"
+        "bound = process.cores(); process.unbind(); print([here, bound, process.cores()])"
+    )
+    ran = python("-c", code, cwd=ROOT, TMPDIR=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    here, bound, unbound = json.loads(ran.stdout)
+    assert len(bound) == 1
+    assert unbound == here == process.cores()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
 def test_freed_memory_is_kept(tmp_path):
     pages = 10 * (1 << 26) // 4096
