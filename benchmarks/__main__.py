@@ -26,7 +26,10 @@ from typing import Any
 from benchmarks.contenders import MEASURES, ROOT
 from minigpt.machine import describe
 
-PACKAGES = ("torch", "numpy", "transformers", "dvc")
+OURS = ("minigpt", "python -m minigpt")
+"""How the names of this project's contenders begin."""
+
+PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
 
 
 def measure(name: str, contender: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def draw(results: dict[str, Any], target: Path) -> None:
     bars = []
     for name, found in results["measures"].items():
         table = rows(name, found)
-        bars += [(f"{name.partition(',')[0]}: {row[0]}", float(row[2])) for row in table[1:] if row[2] != "-"]
+        peers = [row for row in table if not row[0].startswith(OURS) and row[2] != "-"]
+        bars += [(f"{name.partition(',')[0]}: {row[0]}", float(row[2])) for row in peers]
     bars = [(label, ratio) for label, ratio in bars if math.isfinite(ratio)]
     if not bars:
         return
@@ -105,7 +109,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
     axes.bar_label(drawn, [f"{ratio:.3g}" for ratio in ratios], padding=3)
     axes.axvline(1, color="#22223b", linewidth=0.8)
     axes.set(xscale="log", xlabel="times better than the peer", title=results["machine"]["device"])
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=150)
 
@@ -142,6 +146,8 @@ def main() -> None:
         "loss": options.loss,
         "measures": {},
     }
+    options.results.mkdir(parents=True, exist_ok=True)
+    written = options.results / f"{results['date'][:10]}-{options.device.partition(':')[0]}"
     for name in chosen:
         print(f"\n{name}", flush=True)
         runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in MEASURES[name]}
@@ -152,15 +158,13 @@ def main() -> None:
         results["measures"][name] = {contender: middle(found) for contender, found in runs.items()}
         for contender, value, ratio, notes in rows(name, results["measures"][name]):
             print(f"  {contender:55} {value:>10}  x {ratio:>6}  {notes}", flush=True)
+        written.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    options.results.mkdir(parents=True, exist_ok=True)
-    stem = f"{results['date'][:10]}-{options.device.partition(':')[0]}"
-    (options.results / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     try:
-        draw(results, options.results / f"{stem}.png")
+        draw(results, written.with_suffix(".png"))
     except ImportError:
         print("\nno picture: matplotlib is not installed")
-    print(f"\nwritten to {options.results}/{stem}.*")
+    print(f"\nwritten to {written}.*")
 
 
 if __name__ == "__main__":
