@@ -40,7 +40,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     def convert(text: str) -> Any:
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}, at most {high}")
+            most = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"
