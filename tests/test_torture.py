@@ -62,6 +62,11 @@ def repository(tmp_path, project_files):
     return make_repository(tmp_path / "repository", project_files, LONG)
 
 
+def trainer(repository):
+    """The process that trains here."""
+    return int(next((repository / ".checkpoints").glob("*.lock")).read_text())
+
+
 def group_gone(pid):
     try:
         os.killpg(pid, 0)
@@ -77,7 +82,7 @@ ENDS = ["SIGINT to all", "SIGKILL to dvc alone", *(["SIGKILL to all", "SIGTERM t
 def test_dvc_repro_goes_on_after_any_end(repository, undisturbed, how):
     process = start("dvc", "repro", "train", cwd=repository)
     assert wait_for(lambda: states(repository), process), process.communicate()[0]
-    stage = int(next((repository / ".checkpoints").glob("*.lock")).read_text())
+    stage = trainer(repository)
     if how == "SIGKILL to dvc alone":
         os.kill(process.pid, signal.SIGKILL)
     elif how == "SIGTERM to the stage":
@@ -169,10 +174,12 @@ def test_a_second_trainer_is_told_who_is_at_it(tmp_path, project_files, undistur
     root = str(tmp_path / "a")
     first = start_training(folders[0], DVC_ROOT=root)
     assert wait_for(lambda: states(folders[0]), first)
+    first.send_signal(signal.SIGSTOP)  # or it may be done before the second begins
     second = start_training(folders[1], DVC_ROOT=root)
     printed, _ = second.communicate(timeout=120)
     assert second.returncode == 1
     assert f"process {first.pid} is training exactly this already" in printed
+    first.send_signal(signal.SIGCONT)
     first.communicate(timeout=300)
     assert first.returncode == 0
     assert outcome(folders[0]) == undisturbed
@@ -184,6 +191,7 @@ def test_of_two_equal_experiments_one_trains_and_the_next_goes_on(repository, un
 
     first = experiment("first")
     assert wait_for(lambda: states(repository), first), first.communicate()[0]
+    os.kill(trainer(repository), signal.SIGSTOP)  # or it may be done before the second begins
     second = experiment("second")
     printed, _ = second.communicate(timeout=120)
     assert second.returncode != 0
