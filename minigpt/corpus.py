@@ -38,7 +38,7 @@ CHUNK = 1 << 17
 PIECE = 1 << 25
 """Bytes of a text, of one file or of several, that one process reads at a time."""
 
-PARALLEL = 1 << 28
+PARALLEL = 1 << 27
 """Bytes from which on a text is worth the start of further processes."""
 
 BLOCK = 1 << 24

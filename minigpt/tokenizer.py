@@ -19,13 +19,10 @@ CODE_POINTS = 0x110000
 
 
 def code_points(text: str) -> NDArray[Any]:
-    """The characters of ``text`` as numbers, shape (len(text),), in the narrowest type that CPython can copy."""
+    """The characters of ``text`` as numbers, shape (len(text),): bytes where all are ASCII, else of 32 bits."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
-    units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) == 2 * len(text):
-        return np.frombuffer(units, dtype="<u2")
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return np.array([text]).view(np.uint32)  # a copy; CPython's encoders look at each character
 
 
 class Tokenizer:
@@ -62,6 +59,8 @@ class Tokenizer:
 
     def encode_known(self, points: NDArray[Any]) -> NDArray[Any]:
         """Ids of code points that are all in the vocabulary, in the dtype of the tokens on disk; nothing is checked."""
+        if points.dtype == np.uint8 == self.dtype:  # twice as fast as take
+            return np.frombuffer(points.tobytes().translate(self._ids[:256].tobytes().ljust(256)), dtype=np.uint8)
         return self._ids.take(points, mode="clip")
 
     def normalized(self, text: str) -> str:
