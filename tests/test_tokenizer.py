@@ -27,10 +27,12 @@ def test_every_text_round_trips(text):
     "size, dtype", [(1, np.uint8), (256, np.uint8), (257, np.int16), (32768, np.int16), (32769, np.int32)]
 )
 def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
-    tokenizer = Tokenizer("".join(map(chr, range(0x10000, 0x10000 + size))))
-    ids = tokenizer.encode(tokenizer.characters)
-    assert ids.dtype == dtype
-    assert ids.tolist() == list(range(size))
+    tokenizer = Tokenizer("".join(map(chr, range(ord("a"), ord("a") + size))))
+    for text in (tokenizer.characters, "a"):
+        ids = tokenizer.encode(text)
+        assert ids.dtype == dtype
+        assert ids.tolist() == list(range(len(text)))
+        assert ids.flags.writeable
 
 
 def test_an_unknown_character_is_shown_with_its_place_and_code_point():
