@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 from servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
 
 from minigpt.params import Params, load
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
 
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = next(
