@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 all: $(VENV)/installed  ## train, evaluate and sample with params.yaml, then sum up
-	@python -m minigpt.params
+	@python -m minigpt check
 	@dvc repro
 	@python -m stages
 
@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minigpt: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
-	@$(VENV)/bin/python -m minigpt.page
+	@$(VENV)/bin/python -m minigpt.evaluation.plots_page
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -34,7 +34,7 @@ test: $(VENV)/installed-dev  ## run all tests
 	python -m pytest
 
 torture: $(VENV)/installed-dev  ## kill, starve and damage trainings and stores, in full, and print the counts
-	TORTURE=full python -m pytest -s tests/test_torture.py tests/test_checkpoint.py tests/test_tokenizer.py tests/test_tracking.py tests/test_serving.py tests/test_launcher.py
+	TORTURE=full python -m pytest -s tests/integration/test_torture.py tests/integration/test_launcher.py tests/unit/training/test_checkpoint.py tests/unit/data tests/unit/tracking tests/unit/generation/test_serving.py
 
 bench: $(VENV)/installed-dev data/shakespeare.txt  ## measure the project and its peers side by side
 	python -m benchmarks
@@ -69,10 +69,10 @@ ui: $(VENV)/installed  ## open the MLflow page of this repository's runs
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}
 
 sync: $(VENV)/installed  ## send runs to the tracking store that were made while it was away
-	@python -m minigpt.tracking sync
+	@python -m minigpt sync
 
 dagshub: $(VENV)/installed  ## connect DVC and MLflow to DagsHub: make dagshub REPO=user/repo
-	@python -m minigpt.dagshub $(REPO)
+	@python -m minigpt dagshub $(REPO)
 
 clean:  ## remove what the stages wrote; DVC's cache, runs and .venv stay
 	rm -rf data/prepared models results

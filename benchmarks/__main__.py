@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.contenders import MEASURES, ROOT
-from minigpt.machine import describe
+from minigpt.tracking.system_metrics import describe
 
 OURS = ("minigpt", "python -m minigpt")
 """How the names of this project's contenders begin."""

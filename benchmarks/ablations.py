@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.contenders import ROOT, prepared, profile, trainer
 
 if TYPE_CHECKING:
-    from minigpt.trainer import Trainer
+    from minigpt.training.trainer import Trainer
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 256, "attention_window": 64},
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tied head": {"model": {"tied_head": True}},
     "dropout 0.05, channels": {"model": {"dropout": 0.05}},
     "dropout 0.05, elements": {"model": {"dropout": 0.05, "dropout_kind": "element"}},
-    "token dropout 0.03": {"train": {"token_dropout": 0.03}},
+    "token dropout 0.03": {"train": {"token_noise": 0.03}},
     "cosine": {"train": {"schedule": "cosine"}},
     "AdamW 3e-3": {"train": {"optimizer": "adamw", "learning_rate": 3e-3}},
     "ema": {},
@@ -58,7 +58,7 @@ def built(name: str, seed: int, text: Path) -> Trainer:
     import torch.nn.functional as F
     from torch import Tensor
 
-    from minigpt.trainer import Trainer
+    from minigpt.training.trainer import Trainer
 
     class Averaging(Trainer):
         """Evaluates a mean of the weights over the last steps."""

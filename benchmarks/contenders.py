@@ -18,18 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from minigpt import process
+from minigpt.runtime import cpu
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from benchmarks.peers import Peer
-    from minigpt.corpus import Corpus
+    from minigpt.data.dataset import Corpus
+    from minigpt.generation.native import Compile
     from minigpt.model import GPT
-    from minigpt.native import Compile
     from minigpt.params import Params
-    from minigpt.trainer import Trainer
+    from minigpt.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
@@ -80,11 +80,11 @@ def profile(name: str, **changes: dict[str, Any]) -> Params:
 
 def prepared(options: Options) -> Corpus:
     """The text, encoded, on the device."""
-    from minigpt import corpus
+    from minigpt.data import dataset, encode
 
     with tempfile.TemporaryDirectory() as folder:
-        corpus.encode(options.text, 0.1, Path(folder))
-        return corpus.load(Path(folder), options.device)
+        encode.encode(options.text, 0.1, Path(folder))
+        return dataset.load(Path(folder), options.device)
 
 
 def peer(who: str, vocab_size: int, size: dict[str, int], device: str) -> Peer:
@@ -103,7 +103,7 @@ def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, 
     import torch
 
     from benchmarks import peers
-    from minigpt.ranks import compute_dtype
+    from minigpt.runtime.device import compute_dtype
 
     if who == "reference":
         return peers.ReferenceTraining(model, tokens, batch_size, block_size)
@@ -113,13 +113,13 @@ def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, 
 
 def trainer(params: Params, corpus: Corpus, observer: Any = None, kind: type[Trainer] | None = None) -> Trainer:
     """This project's trainer, or a kind of it, which keeps no checkpoints here."""
-    from minigpt.checkpoint import Checkpoints
-    from minigpt.ranks import Ranks
-    from minigpt.trainer import Trainer
+    from minigpt.runtime.distributed import ProcessGroup
+    from minigpt.training.checkpoint import Checkpoints
+    from minigpt.training.trainer import Trainer
 
     os.environ |= {"MINIGPT_CHECKPOINT_SECONDS": "inf", "MINIGPT_CHECKPOINT_STEPS": str(10**9)}
-    ranks = Ranks(0, 1, corpus.train.tokens.device)
-    return (kind or Trainer)(params, corpus, ranks, observer, Checkpoints(Path(), "benchmark"))
+    group = ProcessGroup(0, 1, corpus.train.tokens.device)
+    return (kind or Trainer)(params, corpus, group, observer, Checkpoints(Path(), "benchmark"))
 
 
 class Timer:
@@ -186,7 +186,7 @@ def loss_of_minigpt(options: Options) -> Measured:
 @contender("seconds to a loss", "reference algorithm", who="reference", every=250, most=20000)
 def loss_of_peer(options: Options, who: str, every: int, most: int) -> Measured:
     """Train a peer, scoring exactly every so many steps off the clock, until the loss is reached."""
-    from minigpt.score import score
+    from minigpt.evaluation.loss import score
 
     on_gpu = options.device.startswith("cuda")
     size, batch_size = (FULL, 64) if on_gpu else (SMALL, 12)
@@ -211,7 +211,7 @@ def speed_of_minigpt(options: Options, config: str) -> Measured:
     """Steps of 64 x 256 characters at the published size, without dropout."""
     import torch
 
-    off = {"device": options.device, "dtype": "auto", "token_dropout": 0.0}
+    off = {"device": options.device, "dtype": "auto", "token_noise": 0.0}
     params = profile(config, model={"dropout": 0.0}, train=off)
     run = trainer(params, prepared(options))
     if run.compiled:
@@ -263,9 +263,9 @@ def speed(options: Options, step: Callable[[int], Any], model: nn.Module, dtype:
 @contender("scoring the validation split, seconds", "minigpt, exact")
 def scoring_exact(options: Options) -> Measured:
     """Every target of the validation split once."""
+    from minigpt.evaluation.loss import score
     from minigpt.model import GPT
-    from minigpt.ranks import compute_dtype
-    from minigpt.score import score
+    from minigpt.runtime.device import compute_dtype
 
     corpus = prepared(options)
     model = GPT(profile("shakespeare-cpu").model, corpus.tokenizer.vocab_size).to(options.device)
@@ -282,7 +282,7 @@ def scoring_sampled(options: Options) -> Measured:
     """The usual estimate, by the same model, from batches of the size that it is trained on."""
     from benchmarks import peers
     from minigpt.model import GPT
-    from minigpt.ranks import compute_dtype
+    from minigpt.runtime.device import compute_dtype
 
     corpus = prepared(options)
     params = profile("shakespeare-cpu")
@@ -301,8 +301,8 @@ def writer(options: Options) -> Path:
 
     How fast a model writes depends on what it writes only where guesses are read along.
     """
-    from minigpt.checkpoint import export
-    from minigpt.drafts import Drafts
+    from minigpt.export import export
+    from minigpt.generation.drafts import Drafts
 
     folder = ROOT / "results" / "benchmarks" / f"writer-{options.device.replace(':', '-')}"
     if not folder.exists():
@@ -334,8 +334,9 @@ def writing_of_minigpt(
     """A model of the published size writes at temperature 0.8, top-p 0.95; 512 texts on a GPU alone."""
     import torch
 
-    from minigpt import native
-    from minigpt.generator import Decoding, Generator
+    from minigpt.generation import native
+    from minigpt.generation.generator import Generator
+    from minigpt.generation.sampling import SamplingParams
 
     if compiled == "always":
         if options.device != "cpu":
@@ -353,8 +354,8 @@ def writing_of_minigpt(
         return read(*arguments)
 
     generator.decoder.read = counted  # type: ignore[assignment, method-assign]
-    decoding = Decoding(temperature=0.8, top_p=0.95, seed=1 + options.round)
-    measured = writing(options, batch, lambda length: generator.generate("\n", length, decoding, batch))
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, seed=1 + options.round)
+    measured = writing(options, batch, lambda length: generator.generate("\n", length, sampling, batch))
     return measured | {"characters_a_read": (5 + 250) / reads[0]}
 
 
@@ -369,7 +370,7 @@ def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
     """A peer of the published size writes: a library's in bfloat16 where the hardware has it."""
     import torch
 
-    from minigpt.ranks import has_bfloat16
+    from minigpt.runtime.device import has_bfloat16
 
     model = peer(who, 65, FULL, options.device).eval()
     if who != "reference":
@@ -394,11 +395,12 @@ def first_of_minigpt(options: Options) -> Measured:
     """From the call to the first character, of a short prompt."""
     import torch
 
-    from minigpt.generator import Decoding, Generator
+    from minigpt.generation.generator import Generator
+    from minigpt.generation.sampling import SamplingParams
 
     generator = Generator.load(writer(options), torch.device(options.device))
     timer = Timer(options.device)
-    next(generator.stream("ROMEO:\n", 100, Decoding(temperature=0.8)))
+    next(generator.stream("ROMEO:\n", 100, SamplingParams(temperature=0.8)))
     timer.pause()
     return {"value": timer.seconds}
 
@@ -420,7 +422,7 @@ def first_in_a_terminal(options: Options) -> Measured:
 def encoding(options: Options, way: str) -> Measured:
     """Encode a text of mixed Latin and Devanagari; also the peak memory of the process, which never loads torch."""
     from benchmarks import texts
-    from minigpt import corpus
+    from minigpt.data import encode
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -429,7 +431,7 @@ def encoding(options: Options, way: str) -> Measured:
         subprocess.run([sys.executable, "-m", "benchmarks.texts", *arguments], check=True, cwd=ROOT)
         since = time.perf_counter()
         if way == "minigpt":
-            corpus.encode(text, 0.1, folder)
+            encode.encode(text, 0.1, folder)
         else:
             texts.encode_by_dictionary(text, folder)
         seconds = time.perf_counter() - since
@@ -474,7 +476,7 @@ def main() -> None:
     options = parser.parse_args()
     ours = options.device == "cpu" and options.contender.startswith("minigpt") and "encoding" not in options.measure
     if ours or options.contender.endswith(SETTLED):  # as the project's own programs do; the one that encodes does not
-        process.settle(alert=options.measure.startswith(("writing", "first")))
+        cpu.configure_cpu(spin=options.measure.startswith(("writing", "first")))
     try:
         measured: dict[str, Any] = MEASURES[options.measure][options.contender](options)
     except (ImportError, NotMeasuredError) as error:

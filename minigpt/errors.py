@@ -38,7 +38,7 @@ class Interrupted(Exception):  # noqa: N818 - it is none
         self.signum = signum
 
 
-class PeerLost(Exception):  # noqa: N818 - it is another's error
+class PeerLostError(Exception):
     """Another process of the job has failed, or can no longer be reached."""
 
 
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
         if not rank:
             print(f"minigpt: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except PeerLost as error:
+    except PeerLostError as error:
         time.sleep(HOLD_BACK)
         print(
             f"minigpt: {who}another process has failed or cannot be reached, so this one ends: {error}; "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -23,7 +23,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """Give an empty temporary folder beside ``target``; on success it takes the place of ``target``.
 
     On an error the temporary folder is removed and ``target`` stays as it was. Every file is on the disk
@@ -38,8 +38,8 @@ def replacing(target: Path) -> Iterator[Path]:
         os.chmod(folder, 0o777 & ~_umask())
         yield folder
         for path in folder.rglob("*"):
-            sync(path)
-        sync(folder)
+            fsync(path)
+        fsync(folder)
         if target.exists():
             old = folder.with_name(f".{target.name}-old.tmp")
             os.rename(target, old)
@@ -47,7 +47,7 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(folder, target)
-        sync(target.parent)
+        fsync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -70,3 +70,8 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def workspace() -> Path:
+    """The main workspace: DVC runs queued experiments in copies of it, which vanish."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve()

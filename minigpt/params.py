@@ -9,12 +9,23 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
+from minigpt.choices import ACTIVATIONS, SCHEDULES
 from minigpt.errors import UserError, run
 
 Count = Annotated[int, Field(ge=1)]
@@ -25,13 +36,24 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class OneOf:
+    """Validator of a name against the keys of a table in :mod:`minigpt.choices`."""
+
+    def __init__(self, table: Mapping[str, object]) -> None:
+        self.table = table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept exactly the names of the table."""
+        return core_schema.literal_schema(list(self.table))
+
+
 class Section(BaseModel):
     """A section of ``params.yaml``: exact types, no unknown keys, no infinities, immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Data(Section):
+class DataParams(Section):
     """What is read, and how it is split; owned by the stage prepare."""
 
     source: Annotated[str, Field(min_length=1)]
@@ -39,7 +61,7 @@ class Data(Section):
     normalize: Literal["none", "NFC"]
 
 
-class Model(Section):
+class ModelParams(Section):
     """The architecture; owned by the stage train."""
 
     n_layer: Count
@@ -50,7 +72,7 @@ class Model(Section):
     attention_window: CountOrZero
     positions: Literal["learned", "rotary"]
     rotary_base: Positive
-    activation: Literal["relu", "relu2", "gelu", "swiglu"]
+    activation: Annotated[str, OneOf(ACTIVATIONS)]
     mlp_ratio: Positive
     norm_affine: bool
     embd_norm: bool
@@ -71,7 +93,7 @@ class Model(Section):
         return positions
 
 
-class Train(Section):
+class TrainParams(Section):
     """The training; owned by the stage train."""
 
     seed: Seed
@@ -93,11 +115,11 @@ class Train(Section):
     beta2: Share
     epsilon: Positive
     weight_decay: NotNegative
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: Annotated[str, OneOf(SCHEDULES)]
     warmup_iters: CountOrZero
-    final_lr: Annotated[float, Field(ge=0, le=1)]
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
     grad_clip: NotNegative
-    token_dropout: Share
+    token_noise: Share
     eval_interval: Count
     eval_chars: Count
     patience: CountOrZero
@@ -122,27 +144,36 @@ class Train(Section):
         return processes
 
 
-class Evaluate(Section):
+class EvaluateParams(Section):
     """How the trained model is scored; owned by the stage evaluate."""
 
     stride: CountOrZero
     train_chars: Count
 
 
-class Sample(Section):
+class SamplingParams(Section):
+    """How new characters are chosen: the same in ``params.yaml``, on the command line and in requests to a server."""
+
+    max_new_tokens: CountOrZero = Field(500, description="characters to write after the prompt, at most")
+    temperature: NotNegative = Field(0.8, description="divides the logits; 0: always the most likely character")
+    top_k: CountOrZero = Field(0, description="keep only the k most likely characters; 0: keep all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.95, description="keep the most likely characters that together reach this probability; 1: keep all"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="keep characters at least this fraction as likely as the most likely one; 0: keep all"
+    )
+    repetition_penalty: Positive = Field(1.0, description="divides the logits of characters in the context; 1: off")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="end the text before this string")
+    seed: Seed = Field(1337, description="the same seed and settings write the same text")
+    overflow: Literal["reread", "slide", "roll"] = Field("reread", description="what to do when the context is full")
+
+
+class SampleParams(SamplingParams):
     """What the trained model writes; owned by the stage sample."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     num_samples: Count
-    max_new_tokens: CountOrZero
-    temperature: NotNegative
-    top_k: CountOrZero
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    min_p: Annotated[float, Field(ge=0, le=1)]
-    repetition_penalty: Positive
-    stop: list[Annotated[str, Field(min_length=1)]]
-    seed: Seed
-    overflow: Literal["hop", "slide", "roll"]
     dtype: Literal["auto", "float32", "bfloat16", "int8"]
     compile: Literal["auto", "always", "never"]
 
@@ -150,15 +181,15 @@ class Sample(Section):
 class Params(Section):
     """All of ``params.yaml``."""
 
-    data: Data
-    model: Model
-    train: Train
-    evaluate: Evaluate
-    sample: Sample
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    sample: SampleParams
 
     @field_validator("evaluate")
     @classmethod
-    def _no_gap_between_windows(cls, evaluate: Evaluate, info: ValidationInfo) -> Evaluate:
+    def _no_gap_between_windows(cls, evaluate: EvaluateParams, info: ValidationInfo) -> EvaluateParams:
         model = info.data.get("model")
         if model and evaluate.stride > model.block_size:
             raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
@@ -166,7 +197,7 @@ class Params(Section):
 
     @field_validator("sample")
     @classmethod
-    def _rolling_needs_distances(cls, sample: Sample, info: ValidationInfo) -> Sample:
+    def _rolling_needs_distances(cls, sample: SampleParams, info: ValidationInfo) -> SampleParams:
         model = info.data.get("model")
         if model and sample.overflow == "roll" and model.positions == "learned":
             raise ValueError("its overflow: roll needs model.positions: rotary; with learned ones, take hop or slide")

@@ -7,7 +7,8 @@ import json
 import textwrap
 from typing import Any
 
-from minigpt import errors, params, tracking
+from minigpt import errors, params
+from minigpt.tracking import store, uploader
 from stages import MODEL, RESULTS
 
 LINES = 12
@@ -31,9 +32,9 @@ def main() -> None:
         first = float(next(csv.DictReader(file))["val_loss"])
     sample = (RESULTS / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")
     shown = [line for line in sample[1:] if line.strip()][:LINES]
-    store = tracking.Mirror(tracking.store()).place
-    here = store == tracking.own_store()
-    elsewhere = f"open {store}" if store.startswith("http") else f"mlflow ui --backend-store-uri {store}"
+    place = uploader.Uploader(store.resolve_tracking_uri()).display_uri
+    here = place == store.local_store_uri()
+    elsewhere = f"open {place}" if place.startswith("http") else f"mlflow ui --backend-store-uri {place}"
     minutes, seconds = divmod(round(train["train_seconds"]), 60)
     print(f"""
   {settings.data.source}: {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
@@ -51,7 +52,7 @@ def main() -> None:
   model     {MODEL}/
   sample    {RESULTS}/sample/samples.txt
   figures   {RESULTS}/evaluate/metrics.json, {RESULTS}/train/history.csv; as charts: dvc plots show
-  runs      {"mlflow.db" if here else store}
+  runs      {"mlflow.db" if here else place}
 
   next      source .venv/bin/activate
             git add dvc.lock && git commit -am "a first run"    what experiments are compared with

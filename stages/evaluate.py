@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt import errors, params, process
-from minigpt.files import replacing, write_csv, write_json
+from minigpt import errors, params
+from minigpt.files import atomic_directory, write_csv, write_json
+from minigpt.runtime import cpu
 from stages import MODEL, PREPARED, RESULTS
 
 SURE = 1.96
@@ -23,17 +24,21 @@ COARSE, SHORT = 0.01, 10_000
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    process.settle()
-    from minigpt import baselines, charts, checkpoint, corpus, ranks, tracking
-    from minigpt.decoder import loss_by_weights
-    from minigpt.report import Report
-    from minigpt.score import Score, score
+    cpu.configure_cpu()
+    from minigpt import export
+    from minigpt.data import dataset
+    from minigpt.evaluation import charts, ngrams
+    from minigpt.evaluation.breakdown import Breakdown
+    from minigpt.evaluation.loss import Score, score
+    from minigpt.quantize import loss_by_weights
+    from minigpt.runtime.device import choose_device, compute_dtype
+    from minigpt.tracking.run import tracker_of_model
 
-    tracker = tracking.of_model(RESULTS / "train" / "run.json")
-    device = ranks.choose_device(settings.train.device)
-    model, tokenizer = checkpoint.load_model(MODEL, device)
-    model.compute_dtype = ranks.compute_dtype(settings.train.dtype, device)
-    text = corpus.load(PREPARED, device)
+    tracker = tracker_of_model(RESULTS / "train" / "run.json")
+    device = choose_device(settings.train.device)
+    model, tokenizer = export.load_model(MODEL, device)
+    model.compute_dtype = compute_dtype(settings.train.dtype, device)
+    text = dataset.load(PREPARED, device)
     if text.tokenizer.characters != tokenizer.characters:
         raise errors.UserError(f"{MODEL}: trained on another vocabulary than that of {PREPARED}; `dvc repro train`")
 
@@ -47,7 +52,7 @@ def main() -> None:
             "characters": count,
         }
 
-    report = Report(model.config.block_size, tokenizer, device)
+    report = Breakdown(model.config.block_size, tokenizer, device)
     val = score(model, text.val, watch=report.add)
     metrics = {"val": figures("val", val)}
     if val.windows > 1:
@@ -80,12 +85,12 @@ def main() -> None:
         print(f"minigpt: a sample of train's {train.of:,} characters; standard error {train.sampling_error:.2g} nats")
 
     ids = [split.tokens.numpy(force=True) for split in (text.train, text.val)]
-    counted = baselines.losses(ids[0], ids[1], tokenizer.vocab_size)
-    metrics["baselines"] = counted | {"characters": min(len(text.train), baselines.COUNTED)}
+    counted = ngrams.losses(ids[0], ids[1], tokenizer.vocab_size)
+    metrics["baselines"] = counted | {"characters": min(len(text.train), ngrams.COUNTED)}
     print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in counted.items()) + " nats")
 
     written = RESULTS / "evaluate"
-    with replacing(written) as folder:
+    with atomic_directory(written) as folder:
         report.write(folder)
         compared = [{"model": name, "loss": loss} for name, loss in ({"this model": val.loss} | counted).items()]
         write_csv(folder / "baselines.csv", compared)

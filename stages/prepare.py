@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt import corpus, errors, params
-from minigpt.files import replacing
+from minigpt import errors, params
+from minigpt.data import encode
+from minigpt.files import atomic_directory
 from stages import PREPARED
 
 
 def main() -> None:
     """Run the stage."""
     data = params.load().data
-    with replacing(PREPARED) as folder:
-        tokenizer, n_train, n_val = corpus.encode(Path(data.source), data.val_fraction, folder, data.normalize)
+    with atomic_directory(PREPARED) as folder:
+        tokenizer, n_train, n_val = encode.encode(Path(data.source), data.val_fraction, folder, data.normalize)
     print(
         f"minigpt: {data.source}: {n_train:,} characters to train on, {n_val:,} to validate, "
         f"{tokenizer.vocab_size} different ones"

@@ -13,8 +13,9 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-from minigpt import errors, launcher, params, process
-from minigpt.files import replacing, write_csv, write_json
+from minigpt import errors, params
+from minigpt.files import atomic_directory, write_csv, write_json
+from minigpt.runtime import cpu, launcher
 from stages import MODEL, PREPARED, RESULTS
 
 
@@ -23,25 +24,28 @@ def main() -> None:
     settings = params.load()
     if launcher.launch("stages.train", settings.train.processes):
         return
-    process.settle()
-    from minigpt import charts, checkpoint, corpus, ranks
-    from minigpt.drafts import Drafts
-    from minigpt.journal import workspace
-    from minigpt.tracking import Tracker
-    from minigpt.trainer import Trainer
+    cpu.configure_cpu()
+    from minigpt import export
+    from minigpt.data import dataset
+    from minigpt.evaluation import charts
+    from minigpt.files import workspace
+    from minigpt.generation.drafts import Drafts
+    from minigpt.tracking.run import Tracker
+    from minigpt.training import checkpoint
+    from minigpt.training.trainer import Trainer
 
-    with ranks.join(settings.train.device, settings.train.grad_accum, settings.train.parallel) as job:
-        text = corpus.load(PREPARED, job.device)
-        corpus.check_context(text, settings.model.block_size)
+    with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as job:
+        text = dataset.load(PREPARED, job.device)
+        dataset.check_context(text, settings.model.block_size)
         checkpoints = checkpoint.Checkpoints(workspace(), checkpoint.fingerprint(settings, text.digest))
-        with checkpoints.locked() if job.first else nullcontext():
-            tracker = Tracker(checkpoints.run_key()) if job.first else None
+        with checkpoints.locked() if job.is_main else nullcontext():
+            tracker = Tracker(checkpoints.run_key()) if job.is_main else None
             trainer = Trainer(settings, text, job, tracker, checkpoints)
             if tracker is None:
                 trainer.run()
                 return
             tracker.begin(settings, text, job.device)
-            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.place}")
+            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.display_uri}")
             try:
                 outcome = trainer.run()
             except BaseException as error:
@@ -50,8 +54,8 @@ def main() -> None:
                 raise
 
             guesses = Drafts.of(text.train.tokens.cpu().numpy(), text.tokenizer.vocab_size)
-            checkpoint.export(MODEL, settings.model, outcome.weights, text.tokenizer, guesses)
-            with replacing(RESULTS / "train") as folder:
+            export.export(MODEL, settings.model, outcome.weights, text.tokenizer, guesses)
+            with atomic_directory(RESULTS / "train") as folder:
                 write_csv(folder / "history.csv", outcome.history)
                 write_json(folder / "metrics.json", outcome.metrics)
                 write_json(folder / "run.json", {"run": tracker.journal.key})
@@ -72,7 +76,7 @@ def main() -> None:
 
 def package(target: Path) -> None:
     """The model as an MLflow model; mlflow need not be there to train."""
-    from minigpt import serving
+    from minigpt.generation import serving
 
     serving.package(MODEL, target)
 

@@ -1,64 +1,14 @@
-"""What several test modules share."""
+"""Fixtures shared by all tests."""
 
-import copy
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
-from servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
-
-from minigpt.params import Params, load
+from helpers.servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
+from helpers.workspace import ROOT, make_workspace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
-
-ROOT = Path(__file__).parent.parent
-SHAKESPEARE = next(
-    (
-        path
-        for path in (ROOT / "data/shakespeare.txt", ROOT.parent / "shared/data/tinyshakespeare.txt")
-        if path.exists()
-    ),
-    None,
-)
-SMALL = {
-    "model": {"n_layer": 2, "n_head": 2, "head_size": 8, "n_embd": 20, "block_size": 16},
-    "train": {"max_iters": 12, "batch_size": 4, "eval_interval": 5, "eval_chars": 2000, "device": "cpu"},
-    "sample": {"max_new_tokens": 40},
-}
-"""Over params.yaml: a model that trains in a second."""
-
-
-def overlay(tree, changes):
-    """A copy of ``tree`` with the sections of each of ``changes`` laid over it."""
-    result = copy.deepcopy(tree)
-    for section, values in changes.items():
-        result[section] |= values
-    return result
-
-
-def params_with(**sections) -> Params:
-    """The shipped params, made small, with changes."""
-    tree = overlay(load(ROOT / "params.yaml").model_dump(), SMALL)
-    return Params.model_validate(overlay(tree, sections))
-
-
-def python(*arguments, cwd, **variables):
-    """Run a module as a user would; gives the completed process with its output as text."""
-    return command(sys.executable, *arguments, cwd=cwd, **variables)
-
-
-def command(*arguments, cwd, **variables):
-    """Run a program in ``cwd`` with the tests' interpreter first on the path and no tracking variables set."""
-    dropped = ("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
-    return subprocess.run(
-        list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,40 +36,6 @@ def project_files():
 def workspace(tmp_path, project_files):
     """A copy of the project with small params."""
     return make_workspace(tmp_path / "work", project_files)
-
-
-def make_workspace(folder, project_files):
-    """Copy the project to ``folder``, with params that train in a second on the songs."""
-    for name in project_files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes((ROOT / name).read_bytes())
-    set_params(folder, {"data": {"source": "data/songs.txt"}}, SMALL)
-    return folder
-
-
-def make_repository(folder, project_files, *changes):
-    """A workspace that is a git repository, with changed params, committed."""
-    make_workspace(folder, project_files)
-    set_params(folder, *changes)
-    for arguments in (
-        ("init", "--quiet"),
-        ("config", "user.name", "test"),
-        ("config", "user.email", "test@example.com"),
-        ("add", "--all"),
-        ("commit", "--quiet", "--message", "start"),
-    ):
-        ran = command("git", *arguments, cwd=folder)
-        assert ran.returncode == 0, ran.stderr
-    return folder
-
-
-def set_params(folder, *changes):
-    """Change params.yaml in ``folder``."""
-    path = folder / "params.yaml"
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for change in changes:
-        tree = overlay(tree, change)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

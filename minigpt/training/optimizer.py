@@ -1,0 +1,207 @@
+"""Which parameter is updated how: AdamW, Muon, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt.choices import SCHEDULES
+from minigpt.model import GPT
+from minigpt.params import TrainParams
+from minigpt.runtime.distributed import from_local, full_tensor, shard_like, to_local
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")."""
+
+TOGETHER = 1 << 26
+"""Numbers of the matrices that are orthogonalised in one batch, at most, unless one has more."""
+
+
+def learning_rate(step: int, train: TrainParams) -> float:
+    """The learning rate of ``step`` (from 0) as a share of its peak: warm-up, then the schedule down to its end."""
+    if step < train.warmup_iters:
+        return (step + 1) / train.warmup_iters
+    done = (step - train.warmup_iters) / max(1, train.max_iters - train.warmup_iters)
+    left = SCHEDULES[train.schedule](done)
+    return train.final_lr_fraction + (1 - train.final_lr_fraction) * left
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrices with singular values near 1, by Newton-Schulz iteration.
+
+    Args:
+        matrices: (..., rows, columns), in the dtype to compute in.
+        steps: iterations; five bring every singular value into about [0.7, 1.2].
+
+    Returns:
+        the same shape and dtype.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every matrix moves by the same amount in all its directions (Jordan et al. 2024).
+
+    Matrices of one shape are orthogonalised together. Of sharded ones each process keeps the momentum of its part;
+    the matrices are put together batch by batch, and all processes orthogonalise them.
+
+    Args:
+        matrices: parameters of two dimensions, each with the number of equal maps stacked in its rows, which are
+            orthogonalised apart.
+        lr: learning rate.
+        momentum: decay of the mean of gradients, with Nesterov's look ahead.
+        weight_decay: per unit of learning rate.
+        dtype: what Newton-Schulz is computed in.
+
+    Attributes:
+        found_inf: as torch's own optimizers have it: a tensor on the device; where it is not 0, a step changes no
+            parameter.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        matrices: Iterable[tuple[Tensor, int]],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+    ) -> None:
+        pairs = list(matrices)
+        self._parts = [parts for _, parts in pairs]
+        self._matrices = [matrix for matrix, _ in pairs]
+        self._dtype = dtype
+        own = [to_local(matrix) for matrix in self._matrices]
+        super().__init__(own, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in own:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        """Update every parameter from its gradient."""
+        for group in self.param_groups:
+            params: list[Tensor] = group["params"]
+            grads = [p.grad for p in params if p.grad is not None]
+            means = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            directions = self._orthogonalized(list(torch._foreach_lerp(grads, means, group["momentum"])))
+            if self.found_inf is not None:
+                good = (~self.found_inf.bool()).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
+            elif group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, directions, alpha=-group["lr"])
+
+    def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
+        """The updates as :func:`orthogonalize` makes them, times sqrt(max(1, rows / columns)); 0 where not finite."""
+        shapes: dict[tuple[int, int, int], list[int]] = {}
+        for index, (matrix, parts) in enumerate(zip(self._matrices, self._parts, strict=True)):
+            shapes.setdefault((matrix.size(0) // parts, matrix.size(1), matrix.size(0)), []).append(index)
+        result = list(updates)
+        for (rows, columns, height), alike in shapes.items():
+            size = max(1, TOGETHER // (height * columns))
+            for members in (alike[first : first + size] for first in range(0, len(alike), size)):
+                own = [from_local(updates[index], self._matrices[index]) for index in members]
+                stacked = torch.stack([full_tensor(update) for update in own]).to(self._dtype)
+                batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
+                # Contiguous, so that all are added to the weights at once.
+                batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype).contiguous()
+                if self.found_inf is not None:
+                    batch = torch.where(self.found_inf.bool(), 0, batch)
+                for index, direction in zip(members, batch.unbind(), strict=True):
+                    result[index] = shard_like(direction, self._matrices[index])
+        return result
+
+
+class Optimizers:
+    """The optimizers of a model, stepped as one.
+
+    Of a sharded model, they hold and update this process's part of each weight.
+
+    Args:
+        model: what is trained, on its devices.
+        train: the section ``train`` of the params.
+        dtype: of Muon's iteration.
+    """
+
+    def __init__(self, model: GPT, train: TrainParams, dtype: torch.dtype) -> None:
+        self.train = train
+        betas = (train.beta1, train.beta2)
+        params = list(model.parameters())
+        self.all: list[torch.optim.Optimizer] = []
+        self._weights: dict[Tensor, Tensor] = {}
+        if train.optimizer == "muon":
+            matrices = list(model.matrices())
+            muon = Muon(matrices, train.learning_rate, train.momentum, train.weight_decay, dtype)
+            self.all.append(muon)
+            self._weights |= zip(muon.param_groups[0]["params"], (matrix for matrix, _ in matrices), strict=True)
+            rest = [p for p in params if p not in set(self._weights.values())]
+            groups: list[dict[str, Any]] = [{"params": rest, "lr": train.adam_learning_rate, "weight_decay": 0.0}]
+        else:
+            decayed = [p for p in params if p.ndim >= 2]
+            others = [p for p in params if p.ndim < 2]
+            groups = [
+                {"params": decayed, "lr": train.learning_rate, "weight_decay": train.weight_decay},
+                {"params": others, "lr": train.learning_rate, "weight_decay": 0.0},
+            ]
+        groups = [group for group in groups if group["params"]]
+        for group in groups:
+            own = {to_local(p): p for p in group["params"]}
+            self._weights |= own
+            group["params"] = list(own)
+        adam = torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
+        self.all.append(adam)
+        for p in (p for group in groups for p in group["params"]):  # what its first step would make
+            means = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[p] = {"step": torch.zeros((), device=p.device, dtype=torch.float32), **means}
+        for group in self._groups():
+            group["peak"] = group["lr"]
+
+    def step(self, step: int, found_inf: Tensor | None = None) -> None:
+        """Update the weights at the learning rate of ``step``; not where ``found_inf``, on the device, is not 0."""
+        share = learning_rate(step, self.train)
+        for group in self._groups():
+            group["lr"] = group["peak"] * share
+        for own, weight in self._weights.items():
+            if own is not weight:
+                own.grad = None if weight.grad is None else to_local(weight.grad)
+        for one in self.all:
+            one.found_inf = found_inf  # type: ignore[attr-defined]
+            one.step()
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for one in self.all:
+            yield from one.param_groups
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, sharded as its weight is, by a name that stays the same: ``0.12.exp_avg``."""
+        tensors = {}
+        for number, one in enumerate(self.all):
+            own = [p for group in one.param_groups for p in group["params"]]
+            for index, state in one.state_dict()["state"].items():
+                for name, value in state.items():
+                    like = self._weights[own[index]] if value.ndim else value
+                    tensors[f"{number}.{index}.{name}"] = from_local(value, like)
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        for number, one in enumerate(self.all):
+            state = one.state_dict()
+            state["state"] = {}
+            for key, value in tensors.items():
+                which, index, name = key.split(".")
+                if int(which) == number:
+                    state["state"].setdefault(int(index), {})[name] = to_local(value)
+            one.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Code shared by the tests: workspaces, models, trainings and servers."""

@@ -1,0 +1,66 @@
+"""Trainings as processes of their own, to be killed, starved and compared."""
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from helpers.workspace import make_workspace, python, set_params
+
+LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
+"""Steps enough to be killed in the middle of."""
+
+
+def prepared(folder, project_files, *changes):
+    make_workspace(folder, project_files)
+    set_params(folder, LONG, *changes)
+    ran = python("-m", "stages.prepare", cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+def environment(**variables):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return kept | {
+        "PATH": path,
+        "MINIGPT_CHECKPOINT_SECONDS": "0.1",
+        "MINIGPT_CPU": "off",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+
+
+def start(*arguments, cwd, **variables):
+    """Start a program in a process group of its own."""
+    return subprocess.Popen(
+        arguments, cwd=cwd, env=environment(**variables), start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def start_training(folder, **variables):
+    return start(sys.executable, "-m", "stages.train", cwd=folder, **variables)
+
+
+def outcome(folder):
+    """The digest of the trained weights, and the history."""
+    weights = hashlib.sha256((folder / "models/gpt/model.safetensors").read_bytes()).hexdigest()
+    with (folder / "results/train/history.csv").open() as file:
+        return weights, list(csv.DictReader(file))
+
+
+def states(folder):
+    return sorted((folder / ".checkpoints").glob("*/step-*/digests.json"))
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return True

@@ -1,0 +1,129 @@
+import json
+import os
+import subprocess
+import sys
+import uuid
+
+import mlflow.pyfunc
+import pandas
+import pytest
+import requests
+import torch
+from helpers.servers import TOKEN, free_port, process
+from helpers.workspace import params_with
+from mlflow.exceptions import MlflowException
+
+from minigpt import export
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.generation import serving
+from minigpt.generation.generator import Generator
+from minigpt.generation.sampling import SamplingParams
+from minigpt.model import GPT
+from minigpt.quantize import choose_weight_dtype
+from minigpt.tracking.journal import Journal
+from minigpt.tracking.uploader import Uploader
+
+FULL = os.environ.get("TORTURE") == "full"
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """An exported model, and its package."""
+    folder = tmp_path_factory.mktemp("serving")
+    torch.manual_seed(0)
+    model = GPT(params_with(model={"init": "normal"}).model, 4)
+    export.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
+    serving.package(folder / "gpt", folder / "model")
+    return folder / "gpt", folder / "model"
+
+
+def test_a_package_writes_what_the_generator_writes(packaged):
+    model, package = packaged
+    wanted = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ["bac"]}
+    wanted["seed"] = 5
+    texts = mlflow.pyfunc.load_model(str(package)).predict(
+        pandas.DataFrame({"prompt": ["ab", "c\n"]}), wanted | {"max_new_tokens": 30}
+    )
+    generator = Generator(*export.load_model(model), choose_weight_dtype("auto", torch.device("cpu")))
+    assert texts == [generator.generate(p, 30, SamplingParams(**wanted))[0] for p in ("ab", "c\n")]
+
+
+def test_a_package_needs_nothing_of_the_repository(packaged, tmp_path):
+    code = (
+        "import sys, mlflow.pyfunc; print(len(mlflow.pyfunc.load_model(sys.argv[1]).predict([{'prompt': 'ab'}])[0]));"
+        "import minigpt; print(minigpt.__file__)"
+    )
+    ran = subprocess.run([sys.executable, "-I", "-c", code, packaged[1]], cwd=tmp_path, capture_output=True, text=True)
+    length, file = ran.stdout.split()
+    assert length == "202", ran.stderr
+    assert file.startswith(str(packaged[1]))
+
+
+@pytest.mark.parametrize(
+    "prompt, params, message",
+    [
+        ("xyz", {}, "character 1, 'x'"),
+        ("a", {"top_p": 1.5}, "out of range"),
+        ("a", {"max_new_tokens": -1}, "out of range"),
+        ("a", {"min_p": 2.0}, "out of range"),
+        ("a", {"stop": [""]}, "out of range"),
+    ],
+)
+def test_bad_requests_are_the_callers_fault(packaged, prompt, params, message):
+    loaded = mlflow.pyfunc.load_model(str(packaged[1]))
+    with pytest.raises(MlflowException, match=message) as error:
+        loaded.predict(pandas.DataFrame({"prompt": [prompt]}), params)
+    assert error.value.get_http_status_code() == 400
+
+
+def test_a_served_model_answers_and_tells_what_is_wrong(packaged, tmp_path):
+    port = free_port()
+    with process(
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", packaged[1], "--env-manager", "local", "-p", port,
+        url=f"http://127.0.0.1:{port}/ping", cwd=tmp_path,
+    ):  # fmt: skip
+
+        def ask(body):
+            answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+            return answer.status_code, answer.text
+
+        wanted = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 5, "stop": ["bac"]}
+        status, text = ask({"dataframe_records": [{"prompt": "ab"}], "params": wanted | {"max_new_tokens": 30}})
+        generator = Generator(*export.load_model(packaged[0]), choose_weight_dtype("auto", torch.device("cpu")))
+        assert status == 200
+        assert json.loads(text) == {"predictions": [generator.generate("ab", 30, SamplingParams(**wanted))[0]]}
+        for body, message in [
+            ({"dataframe_records": [{"prompt": "xyz"}]}, "character 1, 'x'"),
+            ({"dataframe_records": [{"text": "ab"}]}, "prompt"),
+            ({"dataframe_records": [{"prompt": 7}]}, "prompt"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_p": 1.5}}, "out of range"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_k": -1}}, "out of range"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"temperature": "hot"}}, "temperature"),
+        ]:
+            status, text = ask(body)
+            assert 400 <= status < 500, (body, text)
+            assert message in text, (body, text)
+
+
+@pytest.mark.parametrize("age", ["old_server", "current_server"] if FULL else ["old_server"])
+@pytest.mark.usefixtures("logged_in")
+def test_a_run_on_a_server_is_served(packaged, age, request, tmp_path, monkeypatch):
+    server = request.getfixturevalue(age)
+    monkeypatch.chdir(tmp_path)
+    journal = Journal(uuid.uuid4().hex)
+    journal.name("a run")
+    journal.artifact(packaged[1])
+    Uploader(server).send(journal)
+    client = mlflow.MlflowClient(server)
+    experiment = client.get_experiment_by_name("minigpt").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`minigpt.run` = '{journal.key}'")
+    port = free_port()
+    with process(
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", f"runs:/{run.info.run_id}/model",
+        "--env-manager", "local", "-p", port, url=f"http://127.0.0.1:{port}/ping", cwd=tmp_path,
+        MLFLOW_TRACKING_URI=server, MLFLOW_TRACKING_USERNAME=TOKEN, MLFLOW_TRACKING_PASSWORD=TOKEN,
+    ):  # fmt: skip
+        asked = {"dataframe_records": [{"prompt": "ab"}], "params": {"max_new_tokens": 30}}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["predictions"][0]) == 32

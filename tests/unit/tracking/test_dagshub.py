@@ -1,0 +1,132 @@
+"""The one command that connects to DagsHub, against real servers under DagsHub's addresses."""
+
+import json
+import subprocess
+
+import pytest
+from helpers.servers import TOKEN, Files, Proxy, environment, free_port, process
+from helpers.workspace import ROOT, command, make_repository, python
+
+
+@pytest.fixture
+def repository(tmp_path, project_files):
+    """A repository with prepared data in DVC's cache."""
+    folder = make_repository(tmp_path / "work", project_files)
+    assert command("dvc", "repro", "prepare", cwd=folder).returncode == 0
+    return folder
+
+
+def connect(folder, host, token=TOKEN, repo="user/repo", **variables):
+    return python(
+        "-m", "minigpt.dagshub", repo, cwd=folder, DAGSHUB_CLIENT_HOST=host, DAGSHUB_USER_TOKEN=token, **variables
+    )
+
+
+def push_and_pull(folder, **variables):
+    """Push, lose everything, pull; gives whether it is all back."""
+    before = {path.name: path.read_bytes() for path in (folder / "data/prepared").iterdir()}
+    pushed = command("dvc", "push", cwd=folder, **variables)
+    assert pushed.returncode == 0, pushed.stderr
+    for lost in ("data/prepared", ".dvc/cache"):
+        subprocess.run(["rm", "-rf", folder / lost], check=True)
+    pulled = command("dvc", "pull", "prepare", cwd=folder, **variables)
+    assert pulled.returncode == 0, pulled.stderr
+    return {path.name: path.read_bytes() for path in (folder / "data/prepared").iterdir()} == before
+
+
+def holders_of_the_token(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)) for path in files if TOKEN.encode() in path.read_bytes()}
+
+
+def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
+    with (
+        Files(tmp_path / "stored") as files,
+        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
+    ):
+        tried = command(
+            "dvc", "exp", "run", "--name", "halved", "-S", "data.val_fraction=0.5", "prepare", cwd=repository
+        )
+        assert tried.returncode == 0, tried.stdout + tried.stderr
+        ran = connect(repository, dagshub.url)
+        assert ran.returncode == 0, ran.stderr
+        assert f"{dagshub.url}/user/repo\n" in ran.stdout
+        assert f"{dagshub.url}/user/repo.mlflow\n" in ran.stdout
+        assert TOKEN not in ran.stdout + ran.stderr
+        assert push_and_pull(repository)
+        assert holders_of_the_token(repository) == {".dvc/config.local"}
+        assert "config.local" not in command("git", "status", "--short", "--ignored=no", cwd=repository).stdout
+
+        bare = tmp_path / "bare.git"
+        command("git", "init", "--quiet", "--bare", bare, cwd=tmp_path)
+        command("git", "remote", "set-url", "dagshub", bare, cwd=repository)
+        command("git", "commit", "--quiet", "--all", "--message", "connect", cwd=repository)
+        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)  # made before there was a remote
+        assert pushed.returncode == 0, pushed.stderr
+        assert "failed to push" not in pushed.stdout + pushed.stderr
+        assert "halved" in command("dvc", "exp", "list", "dagshub", "--all-commits", cwd=repository).stdout
+
+
+def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, current_server):
+    interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"))
+    asked = subprocess.run(
+        [interpreter, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"], capture_output=True
+    )
+    plugin = {"PYTHONPATH": ":".join(json.loads(asked.stdout)), "AWS_EC2_METADATA_DISABLED": "true"}
+    port = free_port()
+    with (
+        process(
+            interpreter.with_name("moto_server"), "--host", "127.0.0.1", "--port", port,
+            url=f"http://127.0.0.1:{port}", cwd=tmp_path,
+        ) as s3,
+        Proxy({"/user/repo.s3": s3, "/user/repo.mlflow": current_server}) as dagshub,
+    ):  # fmt: skip
+        make_bucket = "import sys, boto3; boto3.client('s3', endpoint_url=sys.argv[1]).create_bucket(Bucket='dvc')"
+        keys = {"AWS_ACCESS_KEY_ID": TOKEN, "AWS_SECRET_ACCESS_KEY": TOKEN, "AWS_DEFAULT_REGION": "us-east-1"}
+        made = subprocess.run([interpreter, "-c", make_bucket, s3], env=keys, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr
+        ran = connect(repository, dagshub.url, **plugin)
+        assert ran.returncode == 0, ran.stderr
+        assert f"wrote to {dagshub.url}/user/repo.s3" in ran.stdout
+        assert push_and_pull(repository, **plugin)
+        assert holders_of_the_token(repository) == {".dvc/config.local"}
+        assert any("/user/repo.s3/dvc/files/md5/" in path for _, path in dagshub.requests)
+
+        dagshub.fault, dagshub.during = 501, ".s3"  # what a store says to headers that it does not know
+        with Files(tmp_path / "stored") as files:
+            dagshub.upstreams["/user/repo.dvc"] = files.url
+            ran = connect(repository, dagshub.url, **plugin)
+            assert ran.returncode == 0, ran.stderr
+            assert "repo.s3: DVC cannot use it" in ran.stderr
+            assert f"wrote to {dagshub.url}/user/repo.dvc" in ran.stdout
+            assert push_and_pull(repository, **plugin)
+            assert holders_of_the_token(repository) == {".dvc/config.local"}
+
+
+def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, repository, current_server):
+    config = (repository / ".dvc/config").read_text()
+    with (
+        Files(tmp_path / "stored") as files,
+        Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
+    ):
+        for ran, message in [
+            (
+                connect(repository, dagshub.url, token="a-wrong-token"),
+                "repo.dvc: DVC cannot use it: it answers 401: the token",
+            ),
+            (connect(repository, dagshub.url, repo="https://dagshub.com/user/repo"), "expected user/repo, got"),
+            (connect(repository, dagshub.url, token=""), "DAGSHUB_USER_TOKEN is not set"),
+            (connect(repository, f"http://127.0.0.1:{free_port()}"), "repo.dvc: DVC cannot use it:"),
+            (python("-m", "minigpt.dagshub", cwd=repository), "usage: python -m minigpt.dagshub user/repo"),
+        ]:
+            assert ran.returncode == 1
+            assert message in ran.stderr
+            assert "Traceback" not in ran.stderr
+            assert TOKEN not in ran.stderr + ran.stdout
+            assert "a-wrong-token" not in ran.stderr + ran.stdout
+        dagshub.fault, dagshub.during = 404, ".mlflow"
+        ran = connect(repository, dagshub.url)
+        assert ran.returncode == 1
+        assert "repo.mlflow: no experiments there: it answers 404" in ran.stderr
+    assert (repository / ".dvc/config").read_text() == config
+    assert holders_of_the_token(repository) == set()
