@@ -30,6 +30,7 @@ def main() -> None:
     from minigpt.evaluation import charts
     from minigpt.files import workspace
     from minigpt.generation.drafts import Drafts
+    from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training import checkpoint
     from minigpt.training.trainer import Trainer

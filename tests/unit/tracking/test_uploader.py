@@ -365,7 +365,8 @@ def test_the_load_goes_on_whatever_the_clock_does(here, monkeypatch):
 
 def test_clients_that_start_at_once_share_one_store(here):
     code = (
-        "import sys; from minigpt.tracking.journal import Journal; from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
+        "import sys; from minigpt.tracking.journal import Journal\n"
+            "from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
         "journal = Journal(sys.argv[1] * 32); journal.name('a run'); Uploader(resolve_tracking_uri()).send(journal)"
     )
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -446,7 +447,8 @@ def test_a_folder_broken_off_in_the_middle_is_whole_after_a_sync(server, here, l
     with Proxy({"": server}) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         proxy.fault, proxy.after, proxy.during = "hang" if fault == "kill" else fault, 3, "mlflow-artifacts/artifacts"
-        code = "import sys; from minigpt.tracking.journal import Journal; from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
+        code = "import sys; from minigpt.tracking.journal import Journal\n"
+            "from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
         variables = os.environ | {"PYTHONPATH": str(ROOT)}
         sender = subprocess.Popen(
             [sys.executable, "-c", f"{code}Uploader(resolve_tracking_uri()).send(Journal(sys.argv[1]))", key],

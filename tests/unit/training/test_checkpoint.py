@@ -63,7 +63,7 @@ def test_a_damaged_state_is_passed_over_and_named(checkpoints, name, harm):
 
 def test_a_training_is_locked_against_a_second_one_and_freed_by_death(checkpoints, tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from minigpt.checkpoint import Checkpoints\n"
+        "import sys, time; from pathlib import Path; from minigpt.training.checkpoint import Checkpoints\n"
         "with Checkpoints(Path(sys.argv[1]), 'f00d').locked(): print('locked', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
