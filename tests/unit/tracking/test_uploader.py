@@ -447,8 +447,10 @@ def test_a_folder_broken_off_in_the_middle_is_whole_after_a_sync(server, here, l
     with Proxy({"": server}) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         proxy.fault, proxy.after, proxy.during = "hang" if fault == "kill" else fault, 3, "mlflow-artifacts/artifacts"
-        code = "import sys; from minigpt.tracking.journal import Journal\n"
+        code = (
+            "import sys; from minigpt.tracking.journal import Journal\n"
             "from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
+        )
         variables = os.environ | {"PYTHONPATH": str(ROOT)}
         sender = subprocess.Popen(
             [sys.executable, "-c", f"{code}Uploader(resolve_tracking_uri()).send(Journal(sys.argv[1]))", key],
