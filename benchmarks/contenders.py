@@ -302,7 +302,6 @@ def writer(options: Options) -> Path:
     How fast a model writes depends on what it writes only where guesses are read along.
     """
     from minigpt.export import export
-    from minigpt.generation.drafts import Drafts
 
     folder = ROOT / "results" / "benchmarks" / f"writer-{options.device.replace(':', '-')}"
     if not folder.exists():
@@ -310,9 +309,8 @@ def writer(options: Options) -> Path:
         params = profile("shakespeare-gpu", train=changes | {"eval_chars": 20_000})
         corpus = prepared(options)
         outcome = trainer(params, corpus).run()
-        drafts = Drafts.of(corpus.train.tokens.numpy(force=True), corpus.tokenizer.vocab_size)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(folder, params.model, outcome.weights, corpus.tokenizer, drafts)
+        export(folder, params.model, outcome.weights, corpus.tokenizer)
     return folder
 
 

@@ -2,10 +2,10 @@
 
 Shapes in comments: B sequences, T characters, C = n_embd, H heads of S = head_size channels, V = vocab_size.
 
-The classic architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each sub-layer and
-at the end. The switches of the recipe: rotary positions (Su et al. 2021), LayerNorm on queries and keys (Henry et
-al. 2020), squared ReLU (So et al. 2021), zero-initialised outputs (as in Zhang et al. 2019), and a short causal
-convolution over the embeddings (compare So et al. 2021).
+The classic architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each sub-layer and at
+the end. The recipe adds, each behind a switch in params.yaml: rotary positions (Su et al. 2021), LayerNorm on queries
+and keys (Henry et al. 2020), squared ReLU (So et al. 2021), outputs that start at zero (as in Zhang et al. 2019), and a
+short causal convolution over the embeddings (compare So et al. 2021).
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minigpt.ops import Rotation, activate, causal_mask, local_mask
-from minigpt.params import ModelParams as Config
+from minigpt import ops
+from minigpt.cache import KVCache, LayerCache
+from minigpt.choices import ACTIVATIONS
+from minigpt.params import ModelParams
 
 MATRIX_INIT = 0.7
-"""Scale of the uniform initialisation of ``init: zero``, in units of that which keeps the variance."""
+"""Scale of the uniform initialization of ``init: zero``; 1 would keep the variance of the activations."""
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary angles of T positions, each (T, S/2)."""
 
 
 class Linear(nn.Linear):
-    """A linear map computed in the dtype of its input, whatever dtype its weights are kept in."""
+    """Linear map computed in the dtype of its input, whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""
@@ -36,7 +41,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm over the last dimension, in the dtype of its input; scale and shift only where ``affine``."""
+    """LayerNorm over the last dimension, in the dtype of its input, with scale and shift only if ``affine``."""
 
     def __init__(self, size: int, affine: bool) -> None:
         super().__init__()
@@ -45,21 +50,24 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``; its shape stays."""
+        """Normalize ``x``, keeping its shape."""
         if self.weight is None or self.bias is None:
             return F.layer_norm(x, (self.size,))
         return F.layer_norm(x, (self.size,), self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class ChannelDropout(nn.Module):
-    """Dropout of whole channels: one mask per sequence, shared by its positions. Input (B, T, C)."""
+    """Dropout of whole channels: one mask per sequence, shared by its positions.
+
+    Elementwise dropout draws T times as many random numbers, which costs 45 % more time on a CPU.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero channels with probability p and scale the rest by 1 / (1 - p), in training only."""
+        """Zero channels of (B, T, C) with probability p and scale the rest by 1 / (1 - p), in training only."""
         if not self.training or not self.p:
             return x
         kept = torch.rand(x.size(0), 1, x.size(2), device=x.device) >= self.p
@@ -67,9 +75,9 @@ class ChannelDropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, n_head * head_size wide inside, scaled by 1 / sqrt(head_size)."""
+    """Causal self-attention, H * S channels wide inside."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ModelParams) -> None:
         super().__init__()
         self.config = config
         width = config.n_head * config.head_size
@@ -77,13 +85,14 @@ class Attention(nn.Module):
         self.out = Linear(width, config.n_embd, bias=config.bias)
         self.dropout = config.dropout if config.dropout_kind == "element" else 0.0
 
-    def forward(self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Attend.
+    def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, cache: LayerCache | None) -> Tensor:
+        """Mix each position with those that it attends to.
 
         Args:
             x: (B, T, C).
-            mask: 0 where a position may look and -inf elsewhere, (T, T); or :func:`local_mask`.
-            cos_sin: of the rotary angles, each (T, S/2).
+            mask: which positions each may attend to: of :func:`minigpt.ops.attention_mask`, or of the cache.
+            rotary: angles of the positions; None with learned positions.
+            cache: keys and values of the characters before x; None where x starts the sequence.
 
         Returns:
             (B, T, C).
@@ -91,79 +100,42 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, S = self.config.n_head, self.config.head_size
         qkv = self.qkv(x).view(B, T, 3, H, S).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, S)
+        if cache is not None:
+            qkv = qkv.to(cache.keys.dtype)
         qk, (v,) = qkv.split((2, 1))
         if self.config.qk_norm:
             qk = F.layer_norm(qk, (S,))
-        if cos_sin:
-            qk = cast("Tensor", Rotation.apply(qk, *cos_sin))  # type: ignore[no-untyped-call]
+        if rotary is not None:
+            qk = ops.rotate(qk, *rotary)
         q, k = qk.unbind()
-        y = self._attend_locally(q, k, v, mask) if mask.ndim == 3 else self._attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, H * S))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention to all earlier positions: (B, H, T, S) -> (B, H, T, S)."""
-        B, H, T, S = q.shape
-        if q.is_cuda or T > 512:
-            return F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0, is_causal=True)
-        # On a CPU and short contexts, the fused kernel's backward pass is slower than these products: 3 times at 256.
-        q, k, v = (t.reshape(B * H, T, S) for t in (q, k, v))
-        return self._by_products(q, k, v, mask).view(B, H, T, S)
-
-    def _attend_locally(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """The same within a window W, in chunks of W queries that look at their own chunk and the one before.
-
-        All of (B, H, T, S), and T above W; the cost grows with T W in place of T².
-        """
-        B, H, T, S = q.shape
-        W = self.config.attention_window
-        chunks = -(-T // W)
-        if missing := chunks * W - T:
-            q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
-        q, k, v = (t.reshape(B * H, chunks, W, S) for t in (q, k, v))
-        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in (k, v))  # (B H, chunks, 2 W, S)
-        if mask.size(0) == chunks:
-            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = ops.causal_attention(q, k, v, mask, window=self.config.attention_window, dropout=dropout)
         else:
-            y = self._by_products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
-        return y.view(B, H, chunks * W, S)[:, :, :T]
-
-    def _by_products(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention of (N, T, S) on (N, U, S), under a mask that broadcasts to (N, T, U)."""
-        weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(-1)
-        return torch.bmm(F.dropout(weights, self.dropout, self.training) if self.dropout else weights, v)
-
-
-def rotary_angles(config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles by which rotary positions turn each pair of channels, float32 (length, S/2).
-
-    Pair i of S/2 turns by rotary_base ** -(2 i / S) radians from one position to the next (Su et al. 2021).
-    """
-    half = config.head_size // 2
-    speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * speed
-    return angle.cos().float(), angle.sin().float()
+            y = F.scaled_dot_product_attention(q, *cache.append(k, v), mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * S).to(x.dtype))
 
 
 class FeedForward(nn.Module):
-    """The position-wise layer: up, activation, down."""
+    """Two linear maps with an activation between them, applied to each position alone."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ModelParams) -> None:
         super().__init__()
-        self.activation = config.activation
+        activation = ACTIVATIONS[config.activation]
+        self.activate = activation.function
         hidden = max(1, round(config.mlp_ratio * config.n_embd))
-        maps = 2 if config.activation == "swiglu" else 1
-        self.up = Linear(config.n_embd, maps * hidden, bias=config.bias)
+        self.up = Linear(config.n_embd, activation.maps * hidden, bias=config.bias)
         self.down = Linear(hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        return self.down(activate(self.up(x), self.activation))
+        """Map (B, T, C) to (B, T, C)."""
+        return self.down(self.activate(self.up(x)))
 
 
 class Block(nn.Module):
-    """One transformer block: each sub-layer reads a normalised residual stream and adds to it."""
+    """Transformer block: each sub-layer reads the normalized residual stream and adds its output to it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ModelParams) -> None:
         super().__init__()
         dropout = ChannelDropout if config.dropout_kind == "channel" else nn.Dropout
         self.norm1 = Norm(config.n_embd, config.norm_affine)
@@ -172,30 +144,29 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, C) -> (B, T, C); the other arguments are :meth:`Attention.forward`'s."""
-        x = x + self.dropout(self.attention(self.norm1(x), mask, cos_sin))
+    def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C); the other arguments are those of :meth:`Attention.forward`."""
+        x = x + self.dropout(self.attention(self.norm1(x), mask, rotary, cache))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
 class GPT(nn.Module):
-    """Logits of the next character, for every position of a sequence.
+    """Logits of the next character at every position of a sequence.
 
     Args:
-        config: the architecture, the section ``model`` of the params.
+        config: the architecture, the section ``model`` of params.yaml.
         vocab_size: characters V.
 
     Attributes:
-        compute_dtype: what activations are computed in; None for the dtype of the weights.
-        checkpointing: in training, keep only each block's input and compute the rest anew for the gradient (Chen et
-            al. 2016): a third more work, and of the activations' memory what one block takes.
+        compute_dtype: of activations; None for the dtype of the weights.
+        checkpointing: keep only the input of each block in training, and compute the rest again for the gradient
+            (Chen et al. 2016): a third more work, for the activation memory of one block instead of n_layer.
     """
 
-    mask: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Config, vocab_size: int) -> None:
+    def __init__(self, config: ModelParams, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -213,7 +184,6 @@ class GPT(nn.Module):
         self.head = Linear(C, vocab_size, bias=config.bias)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        self.register_buffer("mask", causal_mask(T), persistent=False)
         if config.positions == "rotary":
             cos, sin = rotary_angles(config, T)
             self.register_buffer("cos", cos, persistent=False)
@@ -224,10 +194,10 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights from torch's generator.
 
-        ``normal``: every matrix and embedding N(0, 0.02²), biases 0, as in GPT-2. ``zero``: what writes to the
-        residual stream and the head start at 0, so that at first every block passes its input on and all characters
-        are equally likely (a loss of ln V); the other matrices are uniform within ±0.7 sqrt(3 / fan_in); character
-        embeddings are N(0, 1) where a norm follows them.
+        ``normal``: every matrix and embedding from N(0, 0.02²), biases 0, as in GPT-2. ``zero``: the maps that write to
+        the residual stream and the head start at 0, so at first each block passes its input on and all characters are
+        equally likely (a loss of ln V); the other matrices are uniform in ±0.7 sqrt(3 / fan_in); character embeddings
+        are N(0, 1) if a norm follows them.
         """
         config = self.config
         zero = config.init == "zero"
@@ -252,51 +222,84 @@ class GPT(nn.Module):
                 self.embedding.weight.normal_(std=1.0 if config.embd_norm else 0.02)
                 self.head.weight.zero_()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits in at least float32.
+    def forward(self, ids: Tensor, cache: KVCache | None = None, num_logits: int | None = None) -> Tensor:
+        """Compute the logits of the next character.
 
         Args:
-            ids: characters, int64 (B, T), T at most block_size.
+            ids: characters, int64 (B, T). Without a cache they start a sequence, and T is at most block_size.
+            cache: what was read before; the characters are added to it.
+            num_logits: compute logits at the last positions only; None: at all.
 
         Returns:
-            (B, T, V): at each position, the logits of the character that comes next.
+            (B, num_logits or T, V), in at least float32.
         """
         T = ids.size(1)
-        x = self._embed(ids)
-        if 0 < self.config.attention_window < T:
-            sequences = 1 if x.is_cuda else ids.size(0) * self.config.n_head  # the products do not broadcast
-            mask = local_mask(self.config.attention_window, T, sequences, x)
+        current = None if cache is None else cache.reserve(T)
+        positions = slice(0, T) if current is None else current.positions
+        x = self._embed(ids, positions, cache)
+        if current is None:
+            mask = ops.attention_mask(x, T, self.config.attention_window, self.config.n_head)
         else:
-            mask = self.mask[:T, :T].to(x.dtype)
-        cos_sin = None
-        if self.config.positions == "rotary":
-            cos_sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        for block in self.blocks:
+            mask = current.mask
+        rotary = self._rotary(positions, x.dtype if cache is None else cache.dtype)
+        for number, block in enumerate(self.blocks):
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, mask, cos_sin, use_reentrant=False)
+                x = checkpoint(block, x, mask, rotary, use_reentrant=False)
             else:
-                x = block(x, mask, cos_sin)
+                x = block(x, mask, rotary, None if cache is None else cache.layers[number])
+        if cache is not None:
+            cache.advance(T)
+        if num_logits is not None:
+            x = x[:, -num_logits:]
         logits: Tensor = self.head(self.norm(x))
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """The residual stream's start, (B, T, C): characters, their neighbours, positions."""
-        config = self.config
+    def _embed(self, ids: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
+        """Return the start of the residual stream, (B, T, C): characters, the characters before them, positions."""
+        config, T = self.config, ids.size(1)
         x = self.embedding(ids)
         if config.embd_conv > 1:
+            if cache is not None:
+                x = cache.with_earlier_embeddings(x)
             mixed = x
             for back, weight in enumerate(self.conv[: x.size(1) - 1], 1):
                 mixed = mixed + weight * F.pad(x, (0, 0, back, -back))
-            x = mixed
+            x = mixed if cache is None else mixed[:, -T:]
         if config.positions == "learned":
-            x = x + self.position.weight[: ids.size(1)]
+            x = x + self.position.weight[positions]
         x = self.embd_norm(x)
         return x.to(self.compute_dtype) if self.compute_dtype else x
 
-    def matrices(self) -> Iterator[tuple[Tensor, int]]:
-        """The blocks' weight matrices, each with the number of equal maps stacked in its rows.
+    def _rotary(self, positions: slice | Tensor, dtype: torch.dtype) -> Rotary | None:
+        if self.config.positions == "learned":
+            return None
+        if isinstance(positions, slice):
+            self.extend_rotary(positions.stop)
+        return self.cos[positions].to(dtype), self.sin[positions].to(dtype)
 
-        Those are q, k and v, and the two halves of SwiGLU.
+    def extend_rotary(self, length: int) -> bool:
+        """Have rotary angles for ``length`` positions, which may exceed the context; return whether any were added."""
+        if self.config.positions == "learned" or length <= len(self.cos):
+            return False
+        self.cos, self.sin = (t.to(self.cos) for t in rotary_angles(self.config, 2 * length))
+        return True
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of keys and values: at least float32 on a CPU, where torch takes 3 to 7 times as long for bfloat16."""
+        weight = self.embedding.weight
+        dtype = self.compute_dtype or weight.dtype
+        return dtype if weight.is_cuda else torch.promote_types(dtype, torch.float32)
+
+    def make_cache(self, batch_size: int, slots: int | None = None) -> KVCache:
+        """Return an empty cache for ``batch_size`` sequences with room for ``slots`` characters, or a context."""
+        slots = slots or self.config.block_size
+        return KVCache(self.config, batch_size, slots, self.cache_dtype, self.embedding.weight.device)
+
+    def matrices(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield the weight matrices of the blocks, each with the number of equal maps stacked in its rows.
+
+        Those are q, k and v, and the two halves of a gated activation.
         """
         for block in self.blocks:
             yield block.attention.qkv.weight, 3
@@ -306,7 +309,7 @@ class GPT(nn.Module):
             yield down.weight, 1
 
     def flops_per_character(self) -> int:
-        """Floating-point operations of training on a character (Chowdhery et al. 2022, appendix B).
+        """Return the floating-point operations of training on one character (Chowdhery et al. 2022, appendix B).
 
         6 for each weight of a linear map, and 12 for each layer, channel of attention, and character attended to.
         """
@@ -316,5 +319,16 @@ class GPT(nn.Module):
         return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * span
 
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Return how many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
+
+
+def rotary_angles(config: ModelParams, length: int) -> Rotary:
+    """Return cosines and sines of the rotary angles of the first ``length`` positions, float32 (length, S/2).
+
+    Channel pair i of S/2 turns by rotary_base ** -(2 i / S) radians from one position to the next (Su et al. 2021).
+    """
+    half = config.head_size // 2
+    speed = config.rotary_base ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * speed
+    return angle.cos().float(), angle.sin().float()

@@ -1,4 +1,10 @@
-"""TODO."""
+"""Faster equivalents of plain formulas, each below the formula that it equals.
+
+``model.py`` reads the same with the plain formulas in place of these functions, and a test compares each pair. They
+matter on a CPU, where a training step is bound by the number of passes over memory.
+
+Shapes in comments: B sequences, T characters, H heads of S = head_size channels.
+"""
 
 from __future__ import annotations
 
@@ -9,90 +15,198 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LONGEST_BY_PRODUCTS = 512
+"""Up to this many characters, attention by explicit products is faster on a CPU than the fused kernel, whose backward
+pass takes 3 times as long at 256."""
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)², keeping one tensor for the gradient where the composed form passes over two."""
+
+def plain_squared_relu(x: Tensor) -> Tensor:
+    """Return relu(x)² (So et al. 2021)."""
+    return F.relu(x) ** 2
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)² that saves one tensor for the gradient. Autograd saves two and passes over both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Any shape."""
         rectified = x.clamp_min(0)
         ctx.save_for_backward(rectified)
         return rectified * rectified
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """2 relu(x) times the gradient."""
         (rectified,) = ctx.saved_tensors
         return (grad * rectified).mul_(2)
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    """The activation of the feed-forward layer, elementwise; ``swiglu`` halves the last dimension.
+def squared_relu(x: Tensor) -> Tensor:
+    """Return the same as :func:`plain_squared_relu`."""
+    if x.requires_grad:
+        return cast("Tensor", _SquaredReLU.apply(x))  # type: ignore[no-untyped-call]
+    rectified = F.relu(x)
+    return rectified * rectified
 
-    SwiGLU (Shazeer 2020) multiplies the second half of the channels by silu(z) = z sigmoid(z) of the first.
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return silu(a) * b for the halves a and b of the last dimension (Shazeer 2020), silu(z) = z sigmoid(z)."""
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + S/2) of channels by the angle of its position (Su et al. 2021).
+
+    Args:
+        x: (..., T, S).
+        cos: cosines of the angles, (T, S/2).
+        sin: their sines, (T, S/2).
+
+    Returns:
+        (..., T, S).
     """
-    if name == "swiglu":
-        gate, value = x.chunk(2, -1)
-        return F.silu(gate) * value
-    if name == "relu2":
-        if x.requires_grad:
-            return cast("Tensor", SquaredReLU.apply(x))  # type: ignore[no-untyped-call]
-        rectified = F.relu(x)
-        return rectified * rectified
-    return F.relu(x) if name == "relu" else F.gelu(x)
+    left, right = x.chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
 
 
-class Rotation(torch.autograd.Function):
-    """Turn each pair (i, i + S/2) of channels by its position's angle; the gradient is turned back.
-
-    In place of six elementwise passes and two for the gradient of each, four and four.
-    """
+class _Rotation(torch.autograd.Function):
+    """Rotation with four elementwise passes forward and four backward, where autograd needs six and twelve."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Channels (..., T, S), angles' cosines and sines (T, S/2)."""
         ctx.save_for_backward(cos, sin)
-        return Rotation.turn(x, cos, sin)
+        return _rotate_into_halves(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """The inverse rotation of the gradient."""
         cos, sin = ctx.saved_tensors
-        return Rotation.turn(grad, cos, -sin), None, None
+        return _rotate_into_halves(grad, cos, -sin), None, None
 
-    @staticmethod
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(left cos - right sin, right cos + left sin)."""
-        left, right = x.chunk(2, -1)
-        if torch.compiler.is_compiling():
-            return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
-        turned = torch.empty_like(x)
-        new_left, new_right = turned.chunk(2, -1)
-        torch.mul(left, cos, out=new_left)
-        new_left.addcmul_(right, sin, value=-1)
-        torch.mul(right, cos, out=new_right)
-        new_right.addcmul_(left, sin)
-        return turned
+
+def _rotate_into_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return plain_rotate(x, cos, sin)
+    left, right = x.chunk(2, -1)
+    rotated = torch.empty_like(x)
+    new_left, new_right = rotated.chunk(2, -1)
+    torch.mul(left, cos, out=new_left)
+    new_left.addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=new_right)
+    new_right.addcmul_(left, sin)
+    return rotated
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the same as :func:`plain_rotate`."""
+    if not x.requires_grad:
+        return _rotate_into_halves(x, cos, sin)
+    return cast("Tensor", _Rotation.apply(x, cos, sin))  # type: ignore[no-untyped-call]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Return softmax(q kᵀ / sqrt(S)) v over the visible positions (Vaswani et al. 2017).
+
+    The scores are divided by sqrt(S) since the product of two random vectors of S channels grows like sqrt(S): without
+    it, softmax would put nearly all its weight on one position, and its gradient would vanish.
+
+    Args:
+        q: queries, (B, H, T, S).
+        k: keys, (B, H, T, S).
+        v: values, (B, H, T, S).
+        window: positions that each position attends to, itself included; 0: itself and all before it.
+
+    Returns:
+        (B, H, T, S).
+    """
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    return (scores + causal_mask(q.size(-2), window).to(q)).softmax(-1) @ v
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int = 0, dropout: float = 0.0
+) -> Tensor:
+    """Return the same as :func:`plain_attention`, with dropout on the weights.
+
+    Args:
+        q: queries, (B, H, T, S).
+        k: keys, (B, H, T, S).
+        v: values, (B, H, T, S).
+        mask: the result of :func:`attention_mask`.
+        window: as for that function.
+        dropout: probability; 0 outside of training.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+    if mask.ndim == 3:
+        return _local_attention(q, k, v, mask, window=window, dropout=dropout)
+    B, H, T, S = q.shape
+    q, k, v = (t.reshape(B * H, T, S) for t in (q, k, v))
+    return _attention_by_products(q, k, v, mask, dropout).view(B, H, T, S)
+
+
+def attention_mask(q_like: Tensor, length: int, window: int, n_head: int) -> Tensor | None:
+    """Return the mask that :func:`causal_attention` takes: one for all layers.
+
+    Args:
+        q_like: a tensor of B sequences, with the dtype and device of the queries.
+        length: characters T.
+        window: positions that each position attends to, itself included; 0: all before it too.
+        n_head: heads H.
+
+    Returns:
+        0 where a position may attend and -inf elsewhere, (T, T); None where the fused kernel masks by itself; with a
+        window below T, the mask of :func:`_local_attention`.
+    """
+    if 0 < window < length:
+        copies = 1 if q_like.is_cuda else q_like.size(0) * n_head  # baddbmm does not broadcast
+        return _local_mask(window, length, q_like).repeat(copies, 1, 1)
+    if q_like.is_cuda or length > LONGEST_BY_PRODUCTS:
+        return None
+    return causal_mask(length).to(q_like)
 
 
 def causal_mask(length: int, window: int = 0) -> Tensor:
-    """0 where a position may look, at itself and what is before (the last ``window``; 0: all), else -inf; (T, T)."""
+    """Return 0 where a position may attend (itself and before, the last ``window``; 0: all), else -inf, (T, T)."""
     visible = torch.ones(length, length).tril()
     if window:
         visible = visible.triu(1 - window)
     return torch.zeros(length, length).masked_fill_(visible == 0, -math.inf)
 
 
-def local_mask(window: int, length: int, sequences: int, like: Tensor) -> Tensor:
-    """For each chunk of ``window`` queries, which of its own and the previous chunk's keys each may look at.
+def _local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, window: int, dropout: float) -> Tensor:
+    """Attend within a window W, in chunks of W queries that see their own chunk and the one before.
+
+    All of (B, H, T, S), T above W. The cost grows with T W instead of T².
+    """
+    B, H, T, S = q.shape
+    W = window
+    chunks = -(-T // W)
+    if missing := chunks * W - T:
+        q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
+    q, k, v = (t.reshape(B * H, chunks, W, S) for t in (q, k, v))
+    k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in (k, v))  # (B H, chunks, 2 W, S)
+    if mask.size(0) == chunks:
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    else:
+        y = _attention_by_products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, dropout)
+    return y.view(B, H, chunks * W, S)[:, :, :T]
+
+
+def _local_mask(window: int, length: int, like: Tensor) -> Tensor:
+    """Return the keys, of its own and the previous chunk, that each query of a chunk may attend to.
 
     Returns:
-        0 and -inf, (sequences * chunks, W, 2 W), of dtype and device of ``like``.
+        0 and -inf, (chunks, W, 2 W), with the dtype and device of ``like``.
     """
     query = torch.arange(window, 2 * window, device=like.device)[:, None]
     key = torch.arange(2 * window, device=like.device)
     hidden = (key > query) | (key <= query - window)
-    first = hidden | (key < window)  # before the first chunk there is nothing
+    first = hidden | (key < window)  # there is no chunk before the first
     chunks = torch.stack([first] + [hidden] * (-(-length // window) - 1))
-    return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf).repeat(sequences, 1, 1)
+    return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf)
+
+
+def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """Attend from (N, T, S) to (N, U, S), under a mask that broadcasts to (N, T, U)."""
+    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5).softmax(-1)
+    return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)

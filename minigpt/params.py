@@ -154,19 +154,23 @@ class EvaluateParams(Section):
 class SamplingParams(Section):
     """How new characters are chosen: the same in ``params.yaml``, on the command line and in requests to a server."""
 
-    max_new_tokens: CountOrZero = Field(500, description="characters to write after the prompt, at most")
-    temperature: NotNegative = Field(0.8, description="divides the logits; 0: always the most likely character")
-    top_k: CountOrZero = Field(0, description="keep only the k most likely characters; 0: keep all")
+    max_new_tokens: CountOrZero = Field(default=500, description="characters to write after the prompt, at most")
+    temperature: NotNegative = Field(default=0.8, description="divides the logits; 0: always the most likely character")
+    top_k: CountOrZero = Field(default=0, description="keep only the k most likely characters; 0: keep all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.95, description="keep the most likely characters that together reach this probability; 1: keep all"
+        default=0.95, description="keep the most likely characters that together reach this probability; 1: keep all"
     )
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="keep characters at least this fraction as likely as the most likely one; 0: keep all"
+        default=0.0, description="keep characters at least this fraction as likely as the most likely one; 0: keep all"
     )
-    repetition_penalty: Positive = Field(1.0, description="divides the logits of characters in the context; 1: off")
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="end the text before this string")
-    seed: Seed = Field(1337, description="the same seed and settings write the same text")
-    overflow: Literal["reread", "slide", "roll"] = Field("reread", description="what to do when the context is full")
+    repetition_penalty: Positive = Field(
+        default=1.0, description="divides the logits of characters in the context; 1: off"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="end the text before this string")
+    seed: Seed = Field(default=1337, description="the same seed and settings write the same text")
+    overflow: Literal["reread", "slide", "roll"] = Field(
+        default="reread", description="what to do when the context is full"
+    )
 
 
 class SampleParams(SamplingParams):

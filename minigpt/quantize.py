@@ -1,4 +1,8 @@
-"""TODO."""
+"""Linear maps with bfloat16 or int8 weights, drop-in replacements for those of a trained model.
+
+Writing one character reads every weight once, so the size of the weights bounds the speed. Activations are bfloat16
+then, and attention is computed as ever.
+"""
 
 from __future__ import annotations
 
@@ -8,106 +12,133 @@ from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt.model import GPT, Linear, Norm
 from minigpt.runtime.device import has_bfloat16
 
-Weights = Literal["float32", "bfloat16", "int8"]
-"""What the weights of linear maps are rounded to; float32 stands for the dtype that they have."""
+WeightDtype = Literal["float32", "bfloat16", "int8"]
+"""What the weights of linear maps are rounded to; float32 leaves them as they are."""
 
 
-def choose_weight_dtype(name: str, device: torch.device) -> Weights:
-    """The weights for ``sample.dtype``: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+def choose_weight_dtype(name: str, device: torch.device) -> WeightDtype:
+    """Return the dtype for ``sample.dtype``: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
     if name == "auto":
         return "bfloat16" if has_bfloat16(device) else "float32"
-    return cast("Weights", name)
+    return cast("WeightDtype", name)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a matrix (out, in) to integers in [-127, 127], each row in a unit of its own.
+    """Round a matrix (out, in) to integers in [-127, 127] with one scale per row.
 
     Returns:
-        the integers, int8 (out, in), and the units (out,), bfloat16: a 127th of the row's largest magnitude.
+        integers, int8 (out, in), and scales, bfloat16 (out,): the largest magnitude of the row over 127.
     """
-    units = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
-    integers = (weight / units.to(weight.dtype)[:, None]).round().clamp(-127, 127)
-    return integers.to(torch.int8), units
+    scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    integers = (weight / scales.to(weight.dtype)[:, None]).round().clamp(-127, 127)
+    return integers.to(torch.int8), scales
+
+
+class BFloat16Linear(nn.Module):
+    """Linear map with bfloat16 weights, for bfloat16 inputs.
+
+    On a CPU the weight is prepacked in oneDNN's own layout: packed again in every call, a product takes twice as long.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight.bfloat16()
+        self.bias = None if bias is None else bias.detach().bfloat16()
+        onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.prepacked = onednn and not weight.is_cuda
+        if self.prepacked:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension of ``x``."""
+        if not self.prepacked:
+            return F.linear(x, self.weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product
+
+
+class Int8Linear(nn.Module):
+    """Linear map with int8 weights on a CPU, for bfloat16 inputs: the product multiplies in bfloat16.
+
+    It takes 32 inputs at a time, so the weight is padded with zeros.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        integers, self.scales = quantize_int8(weight)
+        self.padding = -integers.size(1) % 32
+        self.weight = F.pad(integers, (0, self.padding))
+        self.bias = None if bias is None else bias.detach().bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension of ``x``."""
+        rows = F.pad(x, (0, self.padding)) if self.padding else x
+        y = torch._weight_int8pack_mm(rows.flatten(0, -2), self.weight, self.scales).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
-def rounded(model: GPT, weights: Weights) -> GPT:
-    """A copy of ``model`` with the weights that a :class:`Decoder` reads it with: what tells their cost in loss."""
+def quantize(model: GPT, dtype: WeightDtype) -> GPT:
+    """Return ``model`` with the weights of its linear maps in ``dtype``; all other tensors are shared.
+
+    A GPU has no product with int8 weights in torch: there they are rounded to int8 and stored in bfloat16.
+    """
+    if dtype == "float32":
+        return model
+    quantized = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    quantized.compute_dtype = torch.bfloat16
+    for module in list(quantized.modules()):
+        if isinstance(module, Norm) and module.weight is not None and module.bias is not None:
+            module.weight, module.bias = (nn.Parameter(p.bfloat16()) for p in (module.weight, module.bias))
+        for name, child in module.named_children():
+            if isinstance(child, Linear):
+                setattr(module, name, _quantized_linear(child, dtype))
+    return quantized
+
+
+def _quantized_linear(linear: Linear, dtype: WeightDtype) -> nn.Module:
+    weight = linear.weight.detach()
+    if dtype == "int8" and not weight.is_cuda:
+        return Int8Linear(weight, linear.bias)
+    return BFloat16Linear(round_weight(weight, dtype), linear.bias)
+
+
+def round_weight(weight: Tensor, dtype: WeightDtype) -> Tensor:
+    """Return the matrix rounded to ``dtype``, stored as before."""
+    if dtype == "int8":
+        integers, scales = quantize_int8(weight)
+        return integers * scales.to(weight.dtype)[:, None]
+    return weight.bfloat16().to(weight.dtype) if dtype == "bfloat16" else weight
+
+
+@torch.no_grad()
+def rounded_copy(model: GPT, dtype: WeightDtype) -> GPT:
+    """Return a copy with rounded weights and otherwise unchanged: what :func:`quantize` computes, for full batches."""
     result = copy.deepcopy(model)
     for module in result.modules():
-        if isinstance(module, Linear) and weights == "int8":
-            integers, units = quantize_int8(module.weight)
-            module.weight.copy_(integers * units.to(module.weight.dtype)[:, None])
-        elif isinstance(module, Linear) and weights == "bfloat16":
-            module.weight.copy_(module.weight.bfloat16())
+        if isinstance(module, Linear):
+            module.weight = nn.Parameter(round_weight(module.weight.detach(), dtype))  # a tied embedding stays exact
     return result
 
 
 def loss_by_weights(model: GPT, loss: Callable[[GPT], float]) -> dict[str, float]:
-    """The loss with each of :data:`Weights`, activations as a :class:`Decoder` has them.
+    """Return the loss with weights of each dtype, with the activations that :func:`quantize` gives the model.
 
     Args:
-        model: what is measured; with bfloat16 weights it is given to ``loss`` itself where it computes in that anyway.
-        loss: of a model.
+        model: the trained model. If it computes in bfloat16 already, ``loss`` is called with the model itself for
+            bfloat16 weights, which it may recognize to save a pass.
+        loss: function of a model.
     """
     device = model.embedding.weight.device
     losses = {}
-    for weights in get_args(Weights):
-        variant = rounded(model, weights)
-        variant.compute_dtype = torch.bfloat16 if weights != "float32" and has_bfloat16(device) else None
-        same = weights == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
-        losses[weights] = loss(model if same else variant)
+    for dtype in get_args(WeightDtype):
+        variant = rounded_copy(model, dtype)
+        variant.compute_dtype = torch.bfloat16 if dtype != "float32" and has_bfloat16(device) else None
+        same = dtype == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
+        losses[dtype] = loss(model if same else variant)
     return losses
-
-
-Function = Callable[[Tensor], Tensor]
-
-
-@torch.no_grad()
-def packed(linear: Linear, weights: Weights) -> Function:
-    """The linear map as a function of few rows, (N, in) -> (N, out).
-
-    bfloat16 on a CPU is oneDNN's product with a weight in oneDNN's own layout; laid out anew in every call, it takes
-    twice as long. int8 on a CPU is a product that reads integers and multiplies in bfloat16; on a GPU, for which torch
-    has none, the rounded weights are kept in bfloat16.
-    """
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if weights == "float32":
-        return lambda x: F.linear(x, weight, bias)
-    bias = None if bias is None else bias.bfloat16()
-    if weights == "int8":
-        integers, units = quantize_int8(weight)
-        if not weight.is_cuda:
-            return by_integers(integers, units, bias)
-        weight = integers * units[:, None]
-    weight = weight.bfloat16()
-    if weight.is_cuda or not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return lambda x: F.linear(x, weight, bias)
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
-
-
-def by_integers(integers: Tensor, units: Tensor, bias: Tensor | None) -> Function:
-    """The linear map with weights integers * units; the product takes 32 inputs at a time, so zeros fill the last."""
-    missing = -integers.size(1) % 32
-    integers = F.pad(integers, (0, missing))
-
-    def apply(x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(F.pad(x, (0, missing)) if missing else x, integers, units)
-        return y if bias is None else y + bias
-
-    return apply
-
-
-def normalised(norm: Norm, dtype: torch.dtype) -> Function:
-    """The LayerNorm as a function, its scale and shift in ``dtype``."""
-    shape = (norm.size,)
-    if norm.weight is None or norm.bias is None:
-        return lambda x: F.layer_norm(x, shape)
-    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
-    return lambda x: F.layer_norm(x, shape, weight, bias)

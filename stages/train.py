@@ -29,7 +29,6 @@ def main() -> None:
     from minigpt.data import dataset
     from minigpt.evaluation import charts
     from minigpt.files import workspace
-    from minigpt.generation.drafts import Drafts
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training import checkpoint
@@ -54,8 +53,7 @@ def main() -> None:
                 tracker.end(status, trainer.facts["resumed_at"])
                 raise
 
-            guesses = Drafts.of(text.train.tokens.cpu().numpy(), text.tokenizer.vocab_size)
-            export.export(MODEL, settings.model, outcome.weights, text.tokenizer, guesses)
+            export.export(MODEL, settings.model, outcome.weights, text.tokenizer)
             with atomic_directory(RESULTS / "train") as folder:
                 write_csv(folder / "history.csv", outcome.history)
                 write_json(folder / "metrics.json", outcome.metrics)

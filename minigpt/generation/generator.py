@@ -1,8 +1,8 @@
-"""Writing text: one character after the other from the model's distribution."""
+"""Text generation: one character after the other from the distribution that the model predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,48 +10,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.cache import KVCache
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-from minigpt.export import load_drafts, load_model
-from minigpt.generation import native
-from minigpt.generation.decoder import KVCache
-from minigpt.generation.drafts import ORDERS, Drafts
-from minigpt.generation.sampling import SamplingParams, Stops, choose, penalize, uniforms
+from minigpt.export import load_model
+from minigpt.generation.cuda_graph import GraphedGPT
+from minigpt.generation.native import CompileMode, NativeGPT, compile_model
+from minigpt.generation.sampling import StopStrings, draw_uniforms, penalize, sample
 from minigpt.model import GPT
-from minigpt.quantize import Weights, choose_weight_dtype
-
-GUESSES = 3
-"""Characters that are read along with the last one at most."""
+from minigpt.params import SamplingParams
+from minigpt.quantize import WeightDtype, choose_weight_dtype, quantize
 
 
 class Generator:
-    """A model that writes.
+    """A trained model that writes text.
+
+    Sample i of a seed is the same whatever is written in the same batch, as long as sums are rounded alike: always with
+    a compiled decoder, nearly always with float32 weights, and not always with bfloat16 or int8 weights.
 
     Args:
-        model: in evaluation mode; its device is used.
-        tokenizer: the model's.
-        weights: what the model's weights are rounded to.
-        drafts: what one sample alone is written faster with, on a CPU, by a decoder that is not compiled.
-        compiled: whether the decoder is compiled, and ``characters`` how many will be written one after the other; as
-            in :func:`minigpt.native.decoder`.
+        model: in evaluation mode, on the device to use.
+        tokenizer: its vocabulary.
+        dtype: of the weights of linear maps.
+        compile: whether to use the compiled decoder; see :func:`minigpt.generation.native.compile_model`.
+        characters: how many will be written one after the other, as far as known.
     """
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        weights: Weights = "float32",
-        drafts: Drafts | None = None,
+        dtype: WeightDtype = "float32",
         *,
-        compiled: native.Compile = "never",
+        compile: CompileMode = "never",  # noqa: A002 - the name of the param
         characters: int = 0,
     ) -> None:
-        self.model = model
+        self.config = model.config
+        self.device = model.embedding.weight.device
         self.tokenizer = tokenizer
-        self.decoder = native.decoder(model, weights, compiled, characters)
-        # Compiled, a read of several characters takes nearly as many times as long: guesses cost more than they give.
-        self.drafts = None if isinstance(self.decoder, native.NativeDecoder) else drafts
-        self._kept: KVCache | None = None
+        self.decoder: GPT | GraphedGPT | NativeGPT
+        if native := compile_model(model, dtype, compile, characters):
+            self.decoder = native
+        else:
+            quantized = quantize(model, dtype)
+            self.decoder = GraphedGPT(quantized) if self.device.type == "cuda" else quantized
+        self._last_cache: KVCache | None = None
 
     @classmethod
     def load(
@@ -60,115 +63,99 @@ class Generator:
         device: torch.device,
         dtype: str = "auto",
         *,
-        compiled: native.Compile = "never",
+        compile: CompileMode = "auto",  # noqa: A002 - the name of the param
         characters: int = 0,
     ) -> Generator:
-        """The exported model in ``folder``, with weights for ``sample.dtype``; the rest as in the constructor.
+        """Read the exported model in ``folder``, with weights for ``sample.dtype``.
 
         Raises:
             UserError: it is missing or damaged.
         """
         model, tokenizer = load_model(folder, device)
         weights = choose_weight_dtype(dtype, device)
-        return cls(model, tokenizer, weights, load_drafts(folder), compiled=compiled, characters=characters)
+        return cls(model, tokenizer, weights, compile=compile, characters=characters)
 
-    def generate(
-        self, prompt: str, max_new_tokens: int, sampling: SamplingParams, samples: int = 1, name: str = "the prompt"
-    ) -> list[str]:
-        """Continue ``prompt``.
+    def generate(self, prompt: str, sampling: SamplingParams, samples: int = 1, name: str = "the prompt") -> list[str]:
+        """Continue a prompt.
 
         Args:
             prompt: at least one character, all in the vocabulary.
-            max_new_tokens: characters to add at most.
-            sampling: how they are chosen.
-            samples: how many continuations, computed together.
-            name: what error messages call the prompt.
+            sampling: how many characters to add, and how they are chosen.
+            samples: number of continuations, computed together.
+            name: name of the prompt in error messages.
 
         Returns:
             the prompt with its continuation, for each sample.
 
         Raises:
-            UserError: the prompt is empty or has an unknown character; or ``roll`` is asked of learned positions.
+            UserError: the prompt is empty or has an unknown character, or the model cannot do ``overflow``.
         """
-        written = list(self.stream(prompt, max_new_tokens, sampling, samples, name))
-        return [prompt + "".join(pieces) for pieces in zip(*written, strict=True)] or [prompt] * samples
+        pieces = list(self.stream(prompt, sampling, samples, name))
+        return [prompt + "".join(written) for written in zip(*pieces, strict=True)] or [prompt] * samples
 
     def stream(
-        self, prompt: str, max_new_tokens: int, sampling: SamplingParams, samples: int = 1, name: str = "the prompt"
+        self, prompt: str, sampling: SamplingParams, samples: int = 1, name: str = "the prompt"
     ) -> Iterator[list[str]]:
-        """As :meth:`generate`, but the text as it is written: a list with the next piece of each sample."""
-        texts = [Stops(sampling.stop) for _ in range(samples)]
-        for ids in self._ids(prompt, max_new_tokens, sampling, samples, name):
+        """Yield the text of :meth:`generate` as it is written: a list with the next piece of each sample."""
+        texts = [StopStrings(sampling.stop) for _ in range(samples)]
+        for ids in self._ids(prompt, sampling, samples, name):
             characters = map(self.tokenizer.characters.__getitem__, ids)
             yield [text.add(character) for text, character in zip(texts, characters, strict=True)]
             if sampling.stop and all(text.ended for text in texts):
                 return
         if sampling.stop:
-            yield [text.rest() for text in texts]
+            yield [text.flush() for text in texts]
 
     @torch.inference_mode()
-    def _ids(self, prompt: str, count: int, sampling: SamplingParams, samples: int, name: str) -> Iterator[list[int]]:
-        """The characters one after the other, each as a list of one id per sample."""
+    def _ids(self, prompt: str, sampling: SamplingParams, samples: int, name: str) -> Iterator[list[int]]:
+        """Yield the new characters, each as a list of one id per sample.
+
+        The cache holds the characters from ``start`` on. When the context is full, ``reread`` starts again with its
+        last half, and ``slide`` with all but its first character, for every further one: the most context that the
+        model was trained with, at the cost of a whole forward pass. ``roll``, for rotary positions, never starts again:
+        a character attends to the last W (attention_window, or block_size) as they were computed when they were read,
+        so that information reaches further back than W, as in Transformer-XL (Dai et al. 2019).
+        """
         if not prompt:
-            raise UserError(f"{name}: empty; the model needs at least one character to start from, such as a newline")
-        roll = sampling.overflow == "roll"
-        if roll and self.model.config.positions == "learned":
-            raise UserError("overflow: roll needs rotary positions, and this model's are learned; use hop or slide")
-        context, device = self.model.config.block_size, self.model.embedding.weight.device
-        read = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64))
-        draws = torch.from_numpy(uniforms(sampling.seed, samples, count)).to(device)
-        text = torch.empty(samples, len(read) + count, dtype=torch.int64, device=device)
-        text[:, : len(read)] = read
-        drafts = self.drafts if samples == sampling.repetition_penalty == 1 and device.type == "cpu" else None
-        last = read[-max(ORDERS) :].tolist()
-        since, end = 0 if roll else max(0, len(read) - context), len(read)
-        with self._empty_cache(samples, context + self.decoder.window if roll else context) as cache:
-            while end < text.size(1):
-                if not roll and end - since > context:
-                    since = end - (context if sampling.overflow == "slide" else max(1, context // 2))
+            raise UserError(f"{name}: empty; the model needs at least one character to continue, such as a newline")
+        roll, context = sampling.overflow == "roll", self.config.block_size
+        if roll and self.config.positions == "learned":
+            raise UserError("overflow: roll needs rotary positions, but this model has learned ones; use reread")
+        prompt_ids = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64))
+        count, end = sampling.max_new_tokens, len(prompt_ids)
+        uniforms = torch.from_numpy(draw_uniforms(sampling.seed, samples, count)).to(self.device)
+        text = torch.empty(samples, end + count, dtype=torch.int64, device=self.device)
+        text[:, :end] = prompt_ids
+        start = 0 if roll else max(0, end - context)
+        window = self.config.attention_window or context
+        with self._empty_cache(samples, context + window if roll else context) as cache:
+            for number in range(count):
+                if not roll and end - start > context:
+                    start = end - (context if sampling.overflow == "slide" else max(1, context // 2))
                     cache.clear()
-                guesses: list[int] = []
-                if drafts and since + cache.length == end - 1:
-                    room = min(GUESSES, text.size(1) - end - 1, context if roll else since + context - end)
-                    guesses = drafts.after(last, room)
-                    text[0, end : end + len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
-                logits = self._read(text[:, since : end + len(guesses)], cache, 1 + len(guesses))
+                logits = self._read(text[:, start + cache.length : end], cache)
                 if sampling.repetition_penalty != 1:
                     logits = penalize(logits, text[:, max(0, end - context) : end], sampling.repetition_penalty)
-                place = end - len(read)
-                ids = choose(logits, sampling, draws[:, place : place + 1 + len(guesses)].flatten()).view(samples, -1)
-                columns = ids.T.tolist()
-                new = columns[: 1 + leading(guesses, columns)]
-                text[:, end : end + len(new)] = ids[:, : len(new)]
-                cache.unread(len(columns) - len(new))
-                end += len(new)
-                last = [*last, *(column[0] for column in new)][-max(ORDERS) :]
-                yield from new
+                ids = sample(logits, sampling, uniforms[:, number])
+                text[:, end] = ids
+                end += 1
+                yield ids.tolist()
 
     @contextmanager
     def _empty_cache(self, samples: int, slots: int) -> Iterator[KVCache]:
-        """A cache to fill: the one that was used last, if it fits, with the graph that a GPU has captured for it."""
-        cache, self._kept = self._kept, None
-        if cache is None or cache.ids.size(0) != samples or cache.slots != slots:
-            cache = None  # its memory is free before the next is made
-            cache = self.decoder.cache(samples, slots)
+        """Yield an empty cache: the last one if it fits, with the graph that was captured for it on a GPU."""
+        cache, self._last_cache = self._last_cache, None
+        if cache is None or (cache.batch_size, cache.slots) != (samples, slots):
+            cache = None  # frees its memory before the next one is allocated
+            cache = self.decoder.make_cache(samples, slots)
         cache.clear()
         try:
             yield cache
         finally:
-            self._kept = cache
+            self._last_cache = cache
 
-    def _read(self, text: Tensor, cache: KVCache, num_logits: int) -> Tensor:
-        """Read what of ``text`` (B, T) is not in the cache, at most a context at a time.
-
-        Returns:
-            logits of what comes after each of the last ``predicted`` characters, (B * num_logits, V).
-        """
-        for piece in text[:, cache.length :].split(self.model.config.block_size, 1):
-            logits = self.decoder.read(piece, cache, min(num_logits, piece.size(1)))
-        return logits.flatten(0, 1)
-
-
-def leading(guesses: Sequence[int], columns: Sequence[Sequence[int]]) -> int:
-    """How many of the first guesses are what the first sample has there."""
-    return next((n for n, guess in enumerate(guesses) if columns[n][0] != guess), len(guesses))
+    def _read(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Read characters (B, T), at most a context at a time, and return the logits of the next one, (B, V)."""
+        for piece in ids.split(self.config.block_size, 1):
+            logits = self.decoder(piece, cache, 1)
+        return logits[:, -1]

@@ -1,11 +1,11 @@
-// Reading a few characters: what Decoder.compute computes, as one parallel region in which the weights are read once.
+// The forward pass of a few characters with a KV cache, as one parallel region in which the weights are read once.
 //
-// native.py compiles this file, lays the weights out and fills the structures; the names are those of decoder.py.
-// Sums are of type Real. Where weights are rounded, so are keys and values: to bfloat16. Some processors multiply pairs
-// of such numbers at once, for which what weights are multiplied by is rounded, too. Every sum has one order, whatever
-// is read beside it, so that a text does not depend on its company.
+// compiler.py compiles this file; native.py lays the weights out and fills the structures. Tests compare the result with
+// GPT.forward in model.py. Sums are of type Real. If weights are quantized, keys and values are bfloat16. Some
+// processors multiply pairs of bfloat16 numbers in one instruction; there the inputs of products are bfloat16 too. Every
+// sum has one order, whatever else is in the batch, so a text does not depend on the texts written with it.
 //
-// Vectors are GCC's, of 64 bytes; on a machine with shorter ones the compiler takes several.
+// Vectors are GCC's vector extensions of 64 bytes; for shorter registers the compiler uses several.
 
 #include <algorithm>
 #include <cmath>
@@ -23,13 +23,13 @@ constexpr bool PAIRS = false;
 
 namespace {
 
-constexpr int BLOCK = 64;  // outputs of a linear map whose weights lie side by side
-constexpr int64_t ALONE = 1 << 20;  // multiplications below which one thread is done before others have come
-constexpr int TILE = 6;    // rows that are multiplied by a weight while it is in a register
+constexpr int BLOCK = 64;  // outputs of a linear map whose weights are next to each other
+constexpr int64_t PARALLEL_FROM = 1 << 20;  // multiplications; with fewer, one thread is faster than waking the others
+constexpr int TILE = 6;  // rows that are multiplied by a weight while it is in a register
 
 struct Linear {
-    const void *weight;  // (blocks, in / PER, BLOCK, PER), filled up with zeros
-    const void *units;   // what integer weights are in units of, (blocks * BLOCK,), or null
+    const void *weight;  // (blocks, in / PER, BLOCK, PER), padded with zeros
+    const void *scales;  // of int8 weights, (blocks * BLOCK,), or null
     const void *bias;    // (out,), or null
     int64_t in, out;
 };
@@ -53,11 +53,11 @@ struct Model {
 };
 
 struct Call {
-    const int64_t *ids;  // (B, width): what is read begins at first, with the characters just before it
-    const void *cos, *sin;  // of the new characters' rotary angles, (T, S), or null
+    const int64_t *ids;     // (B, width): the new characters start at first, after those that the convolution reads
+    const void *cos, *sin;  // of the rotary angles of the new characters, (T, S / 2), or null
     void *kv;            // (n_layer, 2, B, H, slots, S)
-    void *logits;        // (B, predicted, V)
-    int64_t batch, count, width, slots, first, position, predicted;
+    void *logits;        // (B, num_logits, V)
+    int64_t batch, count, width, slots, first, position, num_logits;
 };
 
 template <class Real>
@@ -85,7 +85,7 @@ struct Bfloat16 {  // the upper half of a float
     operator float() const { return reinterpret<float>(uint32_t(half) << 16); }
 };
 
-// Each lane of a vector holds PER numbers that follow each other; at() unpacks one of each.
+// Each lane of a vector holds PER consecutive numbers; at() unpacks one of each lane.
 template <class Real, class Weight>
 struct Packed {  // float or double, as they are
     static constexpr int PER = 1;
@@ -105,7 +105,7 @@ struct Packed<float, int8_t> {
     Vector<float> at(int k) const { return __builtin_convertvector((lanes << (24 - 8 * k)) >> 24, Vector<float>); }
 };
 
-// sum + weights times the inputs that they belong to.
+// sum + weights * their inputs.
 template <class Sum, class Lanes, class Input>
 Sum add(Sum sum, const Lanes &weights, const Input *x) {
     for (int k = 0; k < Lanes::PER; k++) sum += weights.at(k) * x[k];
@@ -116,7 +116,7 @@ inline Vector<float> add(Vector<float> sum, const Packed<float, Bfloat16> &weigh
     const auto pair = reinterpret<__m512bh>(_mm512_set1_epi32(load<int32_t>(x)));
     return _mm512_dpbf16_ps(sum, reinterpret<__m512bh>(weights.lanes), pair);
 }
-const struct Bytes {  // of the bfloat16 numbers 0 to 127, and where they go: lower, upper, lower, upper
+const struct Bytes {  // bytes of the bfloat16 numbers 0 to 127, and their order: lower, upper, lower, upper
     Vector<uint8_t> lower[2], upper[2], first, second;
     Bytes() {
         for (int n = 0; n < 128; n++) {
@@ -142,30 +142,30 @@ inline Vector<float> add(Vector<float> sum, const Packed<float, int8_t> &weights
 }
 #endif
 
-int64_t filled(int64_t in) { return (in + 3) / 4 * 4; }  // inputs of a row with those that fill it up
+int64_t padded(int64_t in) { return (in + 3) / 4 * 4; }  // inputs of a row, padding included
 
-// ROWS rows of x, (rows, filled(in)), times a block of weights.
+// Multiply ROWS rows of x, (rows, padded(in)), by a block of weights.
 template <int ROWS, class Real, class Weight, class Input>
 void multiply(const Weight *weight, const Input *x, int64_t in, int rows, Real sums[][BLOCK]) {
     if constexpr (ROWS > 1)
         if (rows < ROWS) return multiply<ROWS - 1>(weight, x, in, rows, sums);
     using Lanes = Packed<Real, Weight>;
     constexpr int LANES = 64 / sizeof(Real), VECTORS = BLOCK / LANES;
-    const int64_t stride = filled(in);
+    const int64_t stride = padded(in);
     Vector<Real> sum[ROWS][VECTORS] = {};
     for (int64_t i = 0; i < in; i += Lanes::PER)
         for (int v = 0; v < VECTORS; v++, weight += Lanes::PER * LANES) {
             const auto packed = load<Lanes>(weight);
             for (int row = 0; row < ROWS; row++) sum[row][v] = add(sum[row][v], packed, x + row * stride + i);
         }
-    for (int row = 0; row < ROWS; row++)  // one by one, or the compiler keeps the sums in memory
+    for (int row = 0; row < ROWS; row++)  // row by row, or the compiler keeps the sums in memory
         for (int v = 0; v < VECTORS; v++) std::memcpy(&sums[row][v * LANES], &sum[row][v], 64);
 }
 
-// then(row, output, value) for each value of the linear map of x, (rows, filled(in)); the threads share the blocks.
+// Call then(row, output, value) for each value of the linear map of x, (rows, padded(in)); threads share the blocks.
 template <class Real, class Weight, class Input, class Then>
 void apply(const Linear &map, const Input *x, int64_t rows, Then then) {
-    const auto units = static_cast<const Real *>(map.units), bias = static_cast<const Real *>(map.bias);
+    const auto scales = static_cast<const Real *>(map.scales), bias = static_cast<const Real *>(map.bias);
     constexpr int PER = Packed<Real, Weight>::PER;
     const int64_t inputs = (map.in + PER - 1) / PER * PER;
 #pragma omp for schedule(static)
@@ -175,12 +175,12 @@ void apply(const Linear &map, const Input *x, int64_t rows, Then then) {
         for (int64_t row = 0; row < rows; row += TILE) {
             Real sums[TILE][BLOCK];
             const int tile = std::min<int64_t>(TILE, rows - row);
-            multiply<TILE>(weight, x + row * filled(map.in), map.in, tile, sums);
+            multiply<TILE>(weight, x + row * padded(map.in), map.in, tile, sums);
             for (int n = 0; n < tile; n++)
                 for (int o = 0; o < outputs; o++) {
                     const int64_t output = block * BLOCK + o;
                     Real value = sums[n][o];
-                    if (units) value *= units[output];
+                    if (scales) value *= scales[output];
                     if (bias) value += bias[output];
                     then(row + n, output, value);
                 }
@@ -189,7 +189,7 @@ void apply(const Linear &map, const Input *x, int64_t rows, Then then) {
 }
 
 template <class Real, class Output>
-void normalise(const Real *x, int64_t size, const Norm &norm, Output *y) {
+void normalize(const Real *x, int64_t size, const Norm &norm, Output *y) {
     Real sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++) sum += x[i];
@@ -213,17 +213,17 @@ Real activate(Real x, int64_t activation) {
     return activation == RELU2 ? rectified * rectified : rectified;
 }
 
-// Turn the channels of a head by the angles of its position.
+// Rotate the channel pairs (i, i + size / 2) of a head by the angles of its position.
 template <class Real>
 void rotate(Real *x, int64_t size, const Real *cos, const Real *sin) {
     for (int64_t i = 0, half = size / 2; i < half; i++) {
         const Real left = x[i], right = x[i + half];
-        x[i] = left * cos[i] + right * sin[i];
-        x[i + half] = right * cos[i + half] + left * sin[i + half];
+        x[i] = left * cos[i] - right * sin[i];
+        x[i + half] = right * cos[i] + left * sin[i];
     }
 }
 
-// e to the power of x <= 0. In float as 2^n e^r with |r| <= ln(2) / 2 and the Taylor series, which is off by 2^-23 then.
+// e^x for x <= 0. In float, 2^n e^r with |r| <= ln(2) / 2 and a Taylor series, whose error is 2^-23 then.
 double power(double x) { return std::exp(x); }
 float power(float x) {
     x = std::max(x, -87.0f);
@@ -233,7 +233,7 @@ float power(float x) {
     return series * reinterpret<float>((int32_t(n) + 127) << 23);
 }
 
-// Lane n of the result is the sum of vector n's lanes: two vectors become one, in which every lane has taken up another.
+// Return a vector whose lane n is the sum of the lanes of vector n. Each round adds pairs of vectors into one.
 template <class Real>
 Vector<Real> sums_of_lanes(Vector<Real> *vectors) {
     constexpr int LANES = 64 / sizeof(Real);
@@ -251,23 +251,23 @@ Vector<Real> sums_of_lanes(Vector<Real> *vectors) {
     return vectors[0];
 }
 
-// One query's attention to slots begin to end - 1; SIZE is size where the compiler shall know it, else 0. room has space
-// for numbers of channels, slots and a vector.
-template <int SIZE, class Real, class Kept, class Input>
-void attend(const Real *query, const Kept *keys, const Kept *values, int64_t begin, int64_t end, int64_t size,
+// Attend from one query to slots begin to end - 1. SIZE is size where it is known at compile time, else 0. room has space
+// for the channels, the slots and a vector.
+template <int SIZE, class Real, class Stored, class Input>
+void attend(const Real *query, const Stored *keys, const Stored *values, int64_t begin, int64_t end, int64_t size,
             Real *room, Input *y) {
-    using Lanes = Packed<Real, Kept>;
+    using Lanes = Packed<Real, Stored>;
     constexpr int LANES = 64 / sizeof(Real), PER = Lanes::PER, WIDTH = PER * LANES;
     const int64_t S = SIZE ? SIZE : size, whole = S / WIDTH * WIDTH;
     const Real scale = 1 / std::sqrt(Real(S));
     Real *const q = room, *const weights = room + S, greatest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < S; i++)  // in the order of unpacked keys
+    for (int64_t i = 0; i < S; i++)  // in the order in which at() unpacks keys
         q[i < whole ? i / WIDTH * WIDTH + i % PER * LANES + i % WIDTH / PER : i] = query[i] * scale;
     for (int64_t first = begin; first < end; first += LANES) {
         Vector<Real> sums[LANES] = {};
 #pragma GCC unroll 16
         for (int n = 0; n < LANES; n++) {
-            const Kept *const k = keys + std::min(first + n, end - 1) * S;
+            const Stored *const k = keys + std::min(first + n, end - 1) * S;
             for (int64_t i = 0; i < whole; i += WIDTH)
                 for (int part = 0; part < PER; part++)
                     sums[n] += load<Vector<Real>>(q + i + part * LANES) * load<Lanes>(k + i).at(part);
@@ -283,14 +283,14 @@ void attend(const Real *query, const Kept *keys, const Kept *values, int64_t beg
         weights[slot] = power(weights[slot] - greatest);
         total += weights[slot];
     }
-    constexpr int AT_ONCE = SIZE ? SIZE / WIDTH : 1;
-    for (int64_t i = 0; i < whole; i += AT_ONCE * WIDTH) {
-        Vector<Real> sums[AT_ONCE][PER] = {};
+    constexpr int PER_PASS = SIZE ? SIZE / WIDTH : 1;
+    for (int64_t i = 0; i < whole; i += PER_PASS * WIDTH) {
+        Vector<Real> sums[PER_PASS][PER] = {};
         for (int64_t slot = begin; slot < end; slot++)
-            for (int n = 0; n < AT_ONCE; n++)
+            for (int n = 0; n < PER_PASS; n++)
                 for (int part = 0; part < PER; part++)
                     sums[n][part] += weights[slot] * load<Lanes>(values + slot * S + i + n * WIDTH).at(part);
-        for (int n = 0; n < AT_ONCE * WIDTH; n++) y[i + n] = sums[n / WIDTH][n % PER][n % WIDTH / PER] / total;
+        for (int n = 0; n < PER_PASS * WIDTH; n++) y[i + n] = sums[n / WIDTH][n % PER][n % WIDTH / PER] / total;
     }
     for (int64_t i = whole; i < S; i++) {
         Real sum = 0;
@@ -300,66 +300,66 @@ void attend(const Real *query, const Kept *keys, const Kept *values, int64_t beg
 }
 
 template <class Real, class Weight>
-void read(const Model &model, const Call &call) {
-    using Kept = std::conditional_t<std::is_same_v<Real, Weight>, Real, Bfloat16>;
-    using Input = std::conditional_t<PAIRS, Kept, Real>;
+void forward(const Model &model, const Call &call) {
+    using Stored = std::conditional_t<std::is_same_v<Real, Weight>, Real, Bfloat16>;
+    using Input = std::conditional_t<PAIRS, Stored, Real>;
     const int64_t B = call.batch, T = call.count, C = model.n_embd, H = model.n_head, S = model.head_size;
-    const int64_t rows = B * T, slots = call.slots, predicted = call.predicted;
+    const int64_t rows = B * T, slots = call.slots, num_logits = call.num_logits;
     const auto table = static_cast<const Real *>(model.table), positions = static_cast<const Real *>(model.positions);
     const auto cos = static_cast<const Real *>(call.cos), sin = static_cast<const Real *>(call.sin);
     const auto logits = static_cast<Real *>(call.logits);
-    const int64_t mix = filled(H * S), wide = filled(model.hidden), narrow = filled(C);  // of rows that are multiplied
-    const int64_t room = slots + S + 64 / sizeof(Real);  // for a query's scores
+    const int64_t attended = padded(H * S), wide = padded(model.hidden), narrow = padded(C);  // row lengths of inputs
+    const int64_t room = slots + S + 64 / sizeof(Real);  // for the scores of a query
     std::vector<Real> residual(rows * C), qkv(rows * 3 * H * S), scores(B * H * room);
     const int64_t gates = model.activation == SWIGLU ? model.hidden : 0;
     std::vector<Real> gated(rows * 2 * gates);
-    std::vector<Input> normal(rows * narrow), mixed(rows * mix), hidden(rows * wide);
+    std::vector<Input> normal(rows * narrow), mixed(rows * attended), hidden(rows * wide);
     Real *const x = residual.data();
     Input *const z = normal.data();
-    const bool worth_it = 12 * rows * model.n_layer * C * C >= ALONE;
-#pragma omp parallel if (worth_it)
+    const bool parallel = 12 * rows * model.n_layer * C * C >= PARALLEL_FROM;
+#pragma omp parallel if (parallel)
     {
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
-            const int64_t *near = call.ids + row / T * call.width + call.first + row % T;
+            const int64_t *newest = call.ids + row / T * call.width + call.first + row % T;
             Real *const to = x + row * C;
             for (int64_t tap = 0; tap < model.taps; tap++) {
-                const Real *from = table + (near[tap] + tap * (model.vocabulary + 1)) * C;
+                const Real *from = table + (newest[tap] + tap * (model.vocabulary + 1)) * C;
                 for (int64_t i = 0; i < C; i++) to[i] += from[i];
             }
             if (positions)
                 for (int64_t i = 0; i < C; i++) to[i] += positions[(call.position + row % T) * C + i];
-            if (model.embd_norm) normalise(to, C, Norm{}, to);
+            if (model.embd_norm) normalize(to, C, Norm{}, to);
         }
         for (int64_t number = 0; number < model.n_layer; number++) {
             const Layer &layer = model.layers[number];
-            Kept *const keys = static_cast<Kept *>(call.kv) + number * 2 * B * H * slots * S;
-            Kept *const values = keys + B * H * slots * S;
+            Stored *const keys = static_cast<Stored *>(call.kv) + number * 2 * B * H * slots * S;
+            Stored *const values = keys + B * H * slots * S;
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm1, z + row * narrow);
+            for (int64_t row = 0; row < rows; row++) normalize(x + row * C, C, layer.norm1, z + row * narrow);
             apply<Real, Weight>(layer.qkv, z, rows, [&](int64_t row, int64_t o, Real y) { qkv[row * 3 * H * S + o] = y; });
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < B * H; head++) {
                 const int64_t sequence = head / H, h = head % H;
-                Kept *const k = keys + head * slots * S, *const v = values + head * slots * S;
+                Stored *const k = keys + head * slots * S, *const v = values + head * slots * S;
                 for (int64_t t = 0; t < T; t++) {
                     const int64_t row = sequence * T + t, slot = call.first + t;
                     Real *const q = &qkv[row * 3 * H * S + h * S], *const new_k = q + H * S;
                     for (Real *one : {q, new_k}) {
-                        if (model.qk_norm) normalise(one, S, Norm{}, one);
-                        if (cos) rotate(one, S, cos + t * S, sin + t * S);
+                        if (model.qk_norm) normalize(one, S, Norm{}, one);
+                        if (cos) rotate(one, S, cos + t * (S / 2), sin + t * (S / 2));
                     }
                     std::copy_n(new_k, S, k + slot * S);
                     std::copy_n(new_k + H * S, S, v + slot * S);
                     const int64_t begin = std::max<int64_t>(0, slot + 1 - model.window);
-                    const auto attention = S == 64 ? attend<64, Real, Kept, Input> : S == 32 ? attend<32, Real, Kept, Input> : attend<0, Real, Kept, Input>;
-                    attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * mix + h * S]);
+                    const auto attention = S == 64 ? attend<64, Real, Stored, Input> : S == 32 ? attend<32, Real, Stored, Input> : attend<0, Real, Stored, Input>;
+                    attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * attended + h * S]);
                 }
             }
             const auto add = [&](int64_t row, int64_t o, Real y) { x[row * C + o] += y; };
             apply<Real, Weight>(layer.out, mixed.data(), rows, add);
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++) normalise(x + row * C, C, layer.norm2, z + row * narrow);
+            for (int64_t row = 0; row < rows; row++) normalize(x + row * C, C, layer.norm2, z + row * narrow);
             apply<Real, Weight>(layer.up, z, rows, [&](int64_t row, int64_t o, Real y) {
                 if (gates) gated[row * 2 * gates + o] = y;
                 else hidden[row * wide + o] = activate(y, model.activation);
@@ -376,11 +376,11 @@ void read(const Model &model, const Call &call) {
             apply<Real, Weight>(layer.down, hidden.data(), rows, add);
         }
 #pragma omp for
-        for (int64_t n = 0; n < B * predicted; n++) {
-            const int64_t row = n / predicted * T + T - predicted + n % predicted;
-            normalise(x + row * C, C, model.norm, z + n * narrow);
+        for (int64_t n = 0; n < B * num_logits; n++) {
+            const int64_t row = n / num_logits * T + T - num_logits + n % num_logits;
+            normalize(x + row * C, C, model.norm, z + n * narrow);
         }
-        apply<Real, Weight>(model.head, z, B * predicted,
+        apply<Real, Weight>(model.head, z, B * num_logits,
                       [&](int64_t n, int64_t o, Real y) { logits[n * model.vocabulary + o] = y; });
     }
 }
@@ -388,8 +388,8 @@ void read(const Model &model, const Call &call) {
 }  // namespace
 
 extern "C" {
-void read_float32(const Model *model, const Call *call) { read<float, float>(*model, *call); }
-void read_float64(const Model *model, const Call *call) { read<double, double>(*model, *call); }
-void read_bfloat16(const Model *model, const Call *call) { read<float, Bfloat16>(*model, *call); }
-void read_int8(const Model *model, const Call *call) { read<float, int8_t>(*model, *call); }
+void forward_float32(const Model *model, const Call *call) { forward<float, float>(*model, *call); }
+void forward_float64(const Model *model, const Call *call) { forward<double, double>(*model, *call); }
+void forward_bfloat16(const Model *model, const Call *call) { forward<float, Bfloat16>(*model, *call); }
+void forward_int8(const Model *model, const Call *call) { forward<float, int8_t>(*model, *call); }
 }

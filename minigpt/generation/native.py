@@ -1,21 +1,16 @@
-"""The decoder's arithmetic as one C++ function, native.cpp, compiled for this processor where it is first wanted.
+"""Compiled decoder for a CPU: the forward pass of a few characters as one C++ function, native.cpp.
 
-torch computes a character in some two hundred operations of a few microseconds each. Here they are one, in which the
-threads wait for each other where a layer needs it, and the weights are read once. Sums are in float32 and of one order
-each, whatever is read beside them: a text is bitwise the same in any company. Where the processor multiplies pairs of
-bfloat16 numbers (AVX512-BF16) faster than one by one, it does.
+torch computes a character in some two hundred operations of a few microseconds each. Here they are one, in which
+threads wait for each other only where a layer requires it, and weights are read once. Sums are in float32 and each has
+one order, whatever is computed next to it: a text is bitwise the same in any batch. On processors that multiply pairs
+of bfloat16 numbers (AVX512-BF16) faster than single ones, it does so.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
+import functools
 import sys
-import tempfile
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_int64, c_void_p
 from pathlib import Path
@@ -25,94 +20,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minigpt.cache import KVCache
 from minigpt.errors import UserError
-from minigpt.generation.decoder import Decoder, KVCache
-from minigpt.model import GPT, Linear, Norm
-from minigpt.quantize import Weights, quantize_int8
-from minigpt.runtime.cpu import processor
-from minigpt.runtime.device import halves_bfloat16
+from minigpt.generation.compiler import (
+    NoCompilerError,
+    NotCompiledError,
+    build_in_background,
+    build_library,
+    library_path,
+)
+from minigpt.model import GPT, Linear, Norm, rotary_angles
+from minigpt.params import ModelParams
+from minigpt.quantize import WeightDtype, quantize_int8
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
+"""Activations that native.cpp implements, in the order of its constants."""
 
 BLOCK = 64
-"""Outputs of a linear map whose weights lie side by side; as in native.cpp."""
+"""Outputs of a linear map whose weights are next to each other; as in native.cpp."""
 
 PAYS_FROM = 5_000
-"""Characters, one after the other, from which on compiling takes less time than it saves: about a millisecond each."""
+"""Characters, written one after the other, above which compiling takes less time than it saves (1 ms each)."""
 
-Compile = Literal["auto", "always", "never", "kept"]
-
-
-class NotCompiledError(Exception):
-    """There is no compiled decoder for this processor."""
+CompileMode = Literal["auto", "always", "never"]
 
 
-def library(build: bool = True) -> Path:
-    """The compiled file for this processor, in the user's cache folder; where it is missing, it is made in seconds.
+def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters: int = 0) -> NativeGPT | None:
+    """Return the compiled decoder for ``sample.compile``, or None if PyTorch is to be used.
 
     Args:
-        build: whether it is made.
+        model: a model that is not quantized.
+        dtype: of the weights.
+        mode: ``always`` compiles if necessary. ``auto`` uses what was compiled before, compiles where ``characters``
+            make it worth the wait, and else in the background, for the next text.
+        characters: how many will be written one after the other, as far as known.
 
     Raises:
-        NotCompiledError: it is missing, and is not to be made or cannot be.
+        UserError: there is no compiled decoder, and the mode is ``always``.
     """
-    flags = (*FLAGS, *(("-mno-avx512bf16",) if halves_bfloat16() else ()))
-    features = processor("flags", "Features")
-    made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, platform.machine(), features))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
-    path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    if not build:
-        raise NotCompiledError("it is not compiled yet")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler:
-        raise NotCompiledError(f"there is no C++ compiler {os.environ.get('CXX', 'g++')}")
+    if mode == "never" or (mode == "auto" and model.embedding.weight.device.type != "cpu"):
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / path.name
-            ran = subprocess.run([compiler, *flags, "-o", made, SOURCE], check=False, capture_output=True, text=True)
-            if ran.returncode:
-                raise NotCompiledError(f"{compiler} fails: {(ran.stderr.splitlines() or ['without a word'])[0]}")
-            made.replace(path)
-    except OSError as error:
-        raise NotCompiledError(f"{error.filename}: {error.strerror}") from None
-    return path
-
-
-def decoder(model: GPT, weights: Weights, how: Compile = "never", characters: int = 0) -> Decoder:
-    """The decoder for ``sample.compile``.
-
-    Args:
-        model: as for :class:`Decoder`.
-        weights: likewise.
-        how: ``always`` is a :class:`NativeDecoder`; ``auto`` is one where that pays; ``kept`` where it was made before.
-        characters: how many will be written one after the other.
-
-    Raises:
-        UserError: there is no compiled one, and ``always`` insists.
-    """
-    on_cpu = model.embedding.weight.device.type == "cpu"
-    wanted = {"always": True, "never": False, "kept": on_cpu, "auto": on_cpu and characters >= PAYS_FROM}
-    if not wanted[how]:
-        return Decoder(model, weights)
-    try:
-        if not on_cpu:
-            raise NotCompiledError("it computes on a CPU alone")
-        return NativeDecoder(model, weights, library(build=how != "kept"))
+        if model.embedding.weight.device.type != "cpu":
+            raise NotCompiledError("it runs on a CPU only")
+        if model.config.activation not in ACTIVATIONS:
+            raise NotCompiledError(f"it does not implement model.activation = {model.config.activation}")
+        if mode == "auto" and characters < PAYS_FROM and not library_path().exists():
+            build_in_background()
+            return None
+        return NativeGPT(model, dtype, build_library())
     except NotCompiledError as error:
-        if how == "always":
+        if mode == "always":
             raise UserError(f"sample.compile: no compiled decoder: {error}; set it to auto or never") from None
-        if how == "auto":
-            print(f"minigpt: no compiled decoder: {error}; goes on without", file=sys.stderr)
-        return Decoder(model, weights)
+        _report(error)
+        return None
+
+
+@functools.cache
+def _report_once(message: str) -> None:
+    print(f"minigpt: no compiled decoder: {message}", file=sys.stderr)
+
+
+def _report(error: NotCompiledError) -> None:
+    if isinstance(error, NoCompilerError):
+        _report_once(f"{error}; with one (for example `apt install g++`), text is written 3 to 4 times as fast")
+    else:
+        _report_once(f"{error}; PyTorch is used instead")
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("weight", "units", "bias")] + [("inputs", c_int64), ("outputs", c_int64)]
+    _fields_ = [(name, c_void_p) for name in ("weight", "scales", "bias")] + [("inputs", c_int64), ("outputs", c_int64)]
 
 
 class _Norm(ctypes.Structure):
@@ -135,35 +112,62 @@ class _Model(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("ids", "cos", "sin", "kv", "logits")] + [
-        (name, c_int64) for name in ("batch", "count", "width", "slots", "first", "position", "predicted")
+        (name, c_int64) for name in ("batch", "count", "width", "slots", "first", "position", "num_logits")
     ]
 
 
-class NativeDecoder(Decoder):
-    """A decoder whose reading is one compiled function.
+class NativeCache(KVCache):
+    """KV cache of the compiled decoder, which looks the convolution over the embeddings up by character.
 
-    With rounded weights, keys and values are bfloat16, and so is what is multiplied in pairs; all else is float32.
+    Attributes:
+        ids: the characters in the slots, after embd_conv - 1 earlier ones, int64 (B, embd_conv - 1 + slots).
+        padding: stands for no character; it has an embedding of zeros.
+    """
+
+    def __init__(self, config: ModelParams, batch_size: int, slots: int, dtype: torch.dtype, padding: int) -> None:
+        super().__init__(config, batch_size, slots, dtype, torch.device("cpu"))
+        self.earlier, self.padding = config.embd_conv - 1, padding
+        self.ids = torch.full((batch_size, self.earlier + slots), padding, dtype=torch.int64)
+
+    def clear(self) -> None:
+        """Forget all characters."""
+        super().clear()
+        self.ids[:, : self.earlier] = self.padding
+
+    def _drop(self, count: int) -> None:
+        kept = self.ids[:, count : self.earlier + self.used].clone()
+        super()._drop(count)
+        self.ids[:, : kept.size(1)] = kept
+
+
+class NativeGPT:
+    """A model that reads with the compiled function.
+
+    With quantized weights, keys and values are bfloat16, and so are the inputs of products of pairs; all else is
+    float32.
 
     Args:
-        model: on a CPU; float64 with weights float32 alone.
-        weights: as for :class:`Decoder`.
-        path: :func:`library`.
+        model: on a CPU; float64 only with weights of dtype float32, which leaves them as they are.
+        dtype: of the weights.
+        library: the compiled file.
 
     Raises:
         NotCompiledError: the file cannot be loaded.
     """
 
     @torch.no_grad()
-    def __init__(self, model: GPT, weights: Weights, path: Path) -> None:
-        super().__init__(model, "float32")
-        config = model.config
-        name = "float64" if self.dtype == torch.float64 else weights
-        self.kv_dtype = torch.bfloat16 if weights != "float32" else self.dtype
+    def __init__(self, model: GPT, dtype: WeightDtype, library: Path) -> None:
+        self.config, self.vocab_size, self.weight_dtype = model.config, model.vocab_size, dtype
+        self.dtype = model.embedding.weight.dtype
+        config, name = model.config, "float64" if self.dtype == torch.float64 else dtype
         try:
-            self.function: Callable[..., None] = ctypes.CDLL(str(path))[f"read_{name}"]
+            self.function: Callable[..., None] = ctypes.CDLL(str(library))[f"forward_{name}"]
         except OSError as error:
             raise NotCompiledError(str(error)) from None
-        self.weights, self.kept = weights, list[Tensor]()
+        self.tensors = list[Tensor]()
+        # A row for each character at each tap of the convolution, the newest last, and a row of zeros for none.
+        rows = F.pad(model.embedding.weight, (0, 0, 0, 1))
+        taps = [*model.conv.flip(0), torch.ones_like(rows[0])] if config.embd_conv > 1 else [torch.ones_like(rows[0])]
         layers = [
             _Layer(
                 self._norm(block.norm1), self._norm(block.norm2),
@@ -172,48 +176,72 @@ class NativeDecoder(Decoder):
             )
             for block in model.blocks
         ]  # fmt: skip
-        positions = self._at(model.position.weight) if config.positions == "learned" else None
-        self.arguments = _Model(
-            (_Layer * len(layers))(*layers), self._at(self.table), positions, self._norm(model.norm),
-            self._linear(model.head), config.n_layer, config.n_head, config.head_size, config.n_embd,
-            model.blocks[0].feed_forward.down.in_features, config.embd_conv, model.vocab_size, self.window,
-            ("relu", "relu2", "gelu", "swiglu").index(config.activation), config.embd_norm, config.qk_norm,
+        self.rotary = self._rotary(2 * config.block_size) if config.positions == "rotary" else None
+        positions = None if self.rotary else self._address(model.position.weight)
+        self.model = _Model(
+            (_Layer * len(layers))(*layers), self._address(torch.cat([rows * tap for tap in taps])), positions,
+            self._norm(model.norm), self._linear(model.head), config.n_layer, config.n_head, config.head_size,
+            config.n_embd, model.blocks[0].feed_forward.down.in_features, config.embd_conv, model.vocab_size,
+            config.attention_window or config.block_size, ACTIVATIONS.index(config.activation), config.embd_norm,
+            config.qk_norm,
         )  # fmt: skip
 
-    def _at(self, tensor: Tensor) -> int:
-        """The address of the tensor's numbers, which are kept."""
-        self.kept.append(tensor.detach().contiguous())
-        return self.kept[-1].data_ptr()
+    def make_cache(self, batch_size: int, slots: int | None = None) -> NativeCache:
+        """Return an empty cache, as :meth:`GPT.make_cache`."""
+        dtype = self.dtype if self.weight_dtype == "float32" else torch.bfloat16
+        return NativeCache(self.config, batch_size, slots or self.config.block_size, dtype, self.vocab_size)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, cache: KVCache, num_logits: int | None = None) -> Tensor:
+        """Return what :meth:`GPT.forward` returns for ids (B, T)."""
+        if not isinstance(cache, NativeCache):
+            raise TypeError(f"expected a NativeCache, got {type(cache).__name__}")
+        B, T = ids.shape
+        count = T if num_logits is None else num_logits
+        cache.make_room(T)
+        cache.ids.narrow(1, cache.earlier + cache.used, T).copy_(ids)
+        cos, sin = self._angles(cache.length, T)
+        logits = torch.empty(B, count, self.vocab_size, dtype=self.dtype)
+        call = _Call(
+            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), logits.data_ptr(), B, T, cache.ids.size(1),
+            cache.slots, cache.used, cache.length, count,
+        )  # fmt: skip
+        self.function(byref(self.model), byref(call))
+        cache.advance(T)
+        return logits
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_angles(self.config, length)
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def _angles(self, start: int, count: int) -> tuple[int | None, int | None]:
+        """Return the addresses of cosines and sines of the angles from position ``start``."""
+        if not self.rotary:
+            return None, None
+        if start + count > len(self.rotary[0]):
+            self.rotary = self._rotary(2 * (start + count))
+        cos, sin = self.rotary
+        offset = start * cos.size(1) * cos.element_size()
+        return cos.data_ptr() + offset, sin.data_ptr() + offset
+
+    def _address(self, tensor: Tensor) -> int:
+        """Keep a tensor alive and return the address of its numbers."""
+        self.tensors.append(tensor.detach().contiguous())
+        return self.tensors[-1].data_ptr()
 
     def _norm(self, norm: Norm) -> _Norm:
-        return _Norm(*(None if part is None else self._at(part) for part in (norm.weight, norm.bias)))
+        return _Norm(*(None if part is None else self._address(part) for part in (norm.weight, norm.bias)))
 
     def _linear(self, linear: Linear) -> _Linear:
-        weight, units, per = linear.weight.detach(), None, 1
+        """Lay the weight out in blocks of BLOCK outputs, padded with zeros."""
+        weight, scales, per = linear.weight.detach(), None, 1
         missing = -len(weight) % BLOCK
-        if self.weights == "int8":
+        if self.weight_dtype == "int8":
             weight, rowwise = quantize_int8(weight)
-            units, per = self._at(F.pad(rowwise.to(self.dtype), (0, missing))), 4
-        elif self.weights == "bfloat16":
+            scales, per = self._address(F.pad(rowwise.to(self.dtype), (0, missing))), 4
+        elif self.weight_dtype == "bfloat16":
             weight, per = weight.bfloat16(), 2
         filled = F.pad(weight, (0, -linear.in_features % per, 0, missing))
         blocks = filled.view(-1, BLOCK, filled.size(1) // per, per).transpose(1, 2)
-        bias = None if linear.bias is None else self._at(linear.bias)
-        return _Linear(self._at(blocks), units, bias, linear.in_features, linear.out_features)
-
-    @torch.inference_mode()
-    def read(self, ids: Tensor, cache: KVCache, num_logits: int = 1) -> Tensor:
-        """As :meth:`Decoder.read`."""
-        B, T = ids.shape
-        cache.make_room(T)
-        cache.ids.narrow(1, cache.before + cache.used, T).copy_(ids)
-        cos, sin = (part.data_ptr() for part in turn) if (turn := self.turn(cache.length, T)) else (None, None)
-        logits = torch.empty(B, num_logits, self.model.vocab_size, dtype=self.dtype)
-        call = _Call(
-            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), logits.data_ptr(), B, T, cache.ids.size(1),
-            cache.slots, cache.used, cache.length, num_logits,
-        )  # fmt: skip
-        self.function(byref(self.arguments), byref(call))
-        cache.length += T
-        cache.used += T
-        return logits
+        bias = None if linear.bias is None else self._address(linear.bias)
+        return _Linear(self._address(blocks), scales, bias, linear.in_features, linear.out_features)

@@ -9,33 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow.pyfunc
-import pandas as pd  # not for its type alone: MLflow reads the hint of `predict`
+import pandas as pd  # not for its type alone: MLflow reads the type hints of `predict`
 from mlflow.models import set_model
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from minigpt.errors import UserError
+from minigpt.params import SamplingParams, validate
 
 if TYPE_CHECKING:
     from minigpt.generation.generator import Generator
 
-REQUIREMENTS = ["torch", "numpy", "pydantic", "pyyaml", "safetensors", "tqdm"]
-"""What serving needs beside mlflow."""
+REQUIREMENTS = ["torch", "numpy", "pydantic", "pyyaml", "safetensors", "tqdm", "filelock", "psutil"]
+"""Packages that serving needs besides mlflow."""
 
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 200,
-    "temperature": 0.8,
-    "top_k": 0,
-    "top_p": 0.95,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "stop": [],
-    "seed": 0,
-}
-"""The parameters of a request, with the values of those left out."""
+LONGEST_TEXT = 100_000
+"""Largest max_new_tokens of a request: longer texts would block the other clients for too long."""
 
 
 class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Continues prompts with the model that was packaged."""
+    """MLflow model that continues prompts with the packaged model."""
 
     generator: Generator
 
@@ -44,8 +36,8 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         from minigpt.generation.generator import Generator
         from minigpt.runtime.device import choose_device
 
-        self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"), compiled="kept")
-        self.turn = threading.Lock()
+        self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"))
+        self.lock = threading.Lock()
 
     def predict(
         self,
@@ -56,34 +48,27 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Continue each prompt of the column ``prompt``.
 
         Raises:
-            MlflowException: a prompt has a character that the model does not know, or a parameter is out of range.
+            MlflowException: a prompt has a character outside the vocabulary, or a parameter is out of range.
         """
         from mlflow.exceptions import MlflowException
 
-        from minigpt.generation.sampling import SamplingParams
-
-        wanted = DEFAULTS | (params or {})
-        in_range = (
-            0 <= wanted["max_new_tokens"] <= 100_000
-            and wanted["temperature"] >= 0
-            and wanted["top_k"] >= 0
-            and 0 < wanted["top_p"] <= 1
-            and 0 <= wanted["min_p"] <= 1
-            and wanted["repetition_penalty"] > 0
-            and wanted["seed"] >= 0
-            and all(wanted["stop"])
-        )
-        if not in_range:
-            raise MlflowException.invalid_parameter_value(f"out of range: {wanted}")
-        length = wanted.pop("max_new_tokens")
         try:
-            with self.turn:  # requests come in several threads; each is to have all cores
-                return [
-                    self.generator.generate(prompt, length, SamplingParams(**wanted))[0]
-                    for prompt in model_input["prompt"].tolist()
-                ]
+            sampling = validate(SamplingParams, params or {})
+            if sampling.max_new_tokens > LONGEST_TEXT:
+                raise UserError(f"max_new_tokens: must be at most {LONGEST_TEXT}, got {sampling.max_new_tokens}")
+            with self.lock:  # requests arrive in several threads, and each text uses all cores
+                return [self.generator.generate(prompt, sampling)[0] for prompt in model_input["prompt"].tolist()]
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
+
+
+def parameter_schema() -> ParamSchema:
+    """Return MLflow's schema of :class:`SamplingParams`, with its names and defaults."""
+    kinds = {int: DataType.long, float: DataType.double, str: DataType.string, list: DataType.string}
+    return ParamSchema([
+        ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
+        for name, value in SamplingParams().model_dump().items()
+    ])  # fmt: skip
 
 
 def package(model: Path, target: Path) -> None:
@@ -91,11 +76,6 @@ def package(model: Path, target: Path) -> None:
     from mlflow.models import ModelSignature
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    kinds = {int: DataType.long, float: DataType.double, list: DataType.string}
-    parameters = [
-        ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
-        for name, value in DEFAULTS.items()
-    ]
     prompts, texts = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*input example", UserWarning)  # the signature is written out
@@ -105,7 +85,7 @@ def package(model: Path, target: Path) -> None:
             artifacts={"model": str(model)},
             code_paths=[str(Path(__file__).parents[1])],
             pip_requirements=REQUIREMENTS,
-            signature=ModelSignature(prompts, texts, ParamSchema(parameters)),
+            signature=ModelSignature(prompts, texts, parameter_schema()),
         )
 
 

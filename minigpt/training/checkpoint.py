@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt.errors import UserError
-from minigpt.export import _write_tensors
 from minigpt.files import atomic_directory, write_json
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -123,7 +122,7 @@ class Checkpoints:
             if group.sharded:
                 _write_parts(group.broadcast_object(folder), state.tensors)
             else:
-                _write_tensors(folder / "state.safetensors", state.tensors)
+                write_tensors(folder / "state.safetensors", state.tensors)
             if not group.is_main:
                 return
             write_json(folder / "state.json", state.facts)

@@ -20,16 +20,32 @@ SWITCHES = {
 }
 
 
+CLASSIC = {
+    "positions": "learned", "embd_conv": 1, "embd_norm": False, "qk_norm": False, "norm_affine": True, "bias": True,
+    "activation": "relu", "init": "normal",
+}  # fmt: skip
+ARCHITECTURES = [
+    {},
+    CLASSIC,
+    {"attention_window": 5, "tied_head": True},
+    {"activation": "gelu", "mlp_ratio": 2.5},
+    {"activation": "swiglu"},
+    {"head_size": 64, "n_embd": 67, "block_size": 40},
+]
+"""Changes of the architecture that together use every part of it."""
+
+
 def build(seed=0, **model):
+    """Return a small model with random weights and these changes of the architecture."""
     torch.manual_seed(seed)
     gpt = GPT(params_with(model=model).model, vocab_size=11)
-    for p in gpt.parameters():  # away from zero, so that everything counts
+    for p in gpt.parameters():  # away from zero, so that every weight matters
         torch.nn.init.normal_(p, std=0.3)
     return gpt
 
 
 def variants():
-    """One model for each value of each switch, and each pair of positions and convolution."""
+    """Yield changes of the architecture: each value of each switch, and each pair of positions and convolution."""
     for name, values in SWITCHES.items():
         for value in values:
             yield {name: value}

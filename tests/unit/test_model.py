@@ -7,12 +7,11 @@ from helpers.models import build, variants
 from helpers.workspace import ROOT, params_with
 
 from minigpt.model import GPT
-from minigpt.ops import local_mask
 from minigpt.params import load
 
 
 @pytest.mark.parametrize("model", variants(), ids=str)
-def test_a_later_character_changes_no_earlier_logit_bitwise(model):
+def test_later_characters_change_no_earlier_logit(model):
     gpt = build(**model).eval()
     T = gpt.config.block_size
     ids = torch.randint(11, (2, T))
@@ -25,32 +24,45 @@ def test_a_later_character_changes_no_earlier_logit_bitwise(model):
         assert not torch.equal(before[:, t:], after[:, t:])
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_both_ways_to_attend_agree(positions, monkeypatch):
-    gpt = build(positions=positions).double().eval()
-    ids = torch.randint(11, (3, 16))
-    by_hand = gpt(ids)
-    for block in gpt.blocks:
-        monkeypatch.setattr(
-            block.attention,
-            "_attend",
-            lambda q, k, v, mask: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
-        )
-    torch.testing.assert_close(gpt(ids), by_hand, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("model", variants(), ids=str)
+def test_logits_with_a_cache_equal_those_of_the_whole_sequence(model):
+    gpt = build(**model).double().eval()
+    T = gpt.config.block_size
+    ids = torch.randint(11, (3, T))
+    with torch.no_grad():
+        for lengths in ([1] * T, [T], [5, 1, 1, T - 7], [2, 3, T - 5]):
+            cache = gpt.make_cache(3)
+            logits = torch.cat([gpt(piece, cache) for piece in ids.split(lengths, 1)], 1)
+            torch.testing.assert_close(logits, gpt(ids), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [1, 3, 7, 15])
-@pytest.mark.parametrize("length", [16, 13, 300])
-def test_attention_in_chunks_is_attention_under_a_mask(window, length):
-    attention = build(attention_window=window, block_size=300).double().blocks[0].attention
-    q, k, v = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = torch.zeros(length, length, dtype=torch.float64)
-    mask[(distance < 0) | (distance >= window)] = -math.inf
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-    for sequences in (1, 4):  # the fused kernel, the products
-        got = attention._attend_locally(q, k, v, local_mask(window, length, sequences, q))
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+def test_num_logits_selects_the_last_positions():
+    gpt = build().double().eval()
+    ids = torch.randint(11, (2, 9))
+    assert torch.equal(gpt(ids, num_logits=2), gpt(ids)[:, -2:])
+    torch.testing.assert_close(gpt(ids, gpt.make_cache(2), 1), gpt(ids)[:, -1:], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_cleared_cache_holds_no_trace_of_the_last_sequence():
+    gpt = build().double().eval()
+    ids, others = torch.randint(11, (2, 2, 16))
+    cache = gpt.make_cache(2)
+    gpt(others[:, :7], cache)
+    cache.clear()
+    torch.testing.assert_close(gpt(ids, cache), gpt(ids), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("length", [1, 3, 16])
+def test_a_sequence_may_outgrow_its_cache(window, length):
+    gpt, ids = build(attention_window=window).double().eval(), torch.randint(11, (2, 96))
+    longer = GPT(gpt.config.model_copy(update={"block_size": 96, "attention_window": window or 16}), 11).double().eval()
+    longer.load_state_dict(gpt.state_dict())
+    cache = gpt.make_cache(2, 16 + (window or 16))
+    logits = torch.cat([gpt(piece, cache) for piece in ids.split(length, 1)], 1)
+    torch.testing.assert_close(logits, longer(ids), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dropout_kind", ["element", "channel"])
@@ -69,7 +81,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(dropout_kind):
     assert torch.equal(gpt(ids), gpt(ids))
 
 
-def test_at_first_all_characters_are_equally_likely():
+def test_zero_init_makes_all_characters_equally_likely():
     torch.manual_seed(0)
     gpt = GPT(params_with(model={"init": "zero"}).model, vocab_size=11)
     logits = gpt(torch.randint(11, (2, 16)))
@@ -79,7 +91,7 @@ def test_at_first_all_characters_are_equally_likely():
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu2", "gelu", "swiglu"])
-def test_gradients_are_those_of_finite_differences(activation):
+def test_gradients_equal_finite_differences(activation):
     gpt = build(n_layer=1, n_embd=6, head_size=4, block_size=4, activation=activation).double().eval()
     ids = torch.randint(11, (2, 4))
     names, values = zip(*gpt.named_parameters(), strict=True)
@@ -105,10 +117,10 @@ def test_reference_has_the_published_number_of_parameters():
     assert gpt.num_parameters() == V * C + T * C + 6 * block + 2 * C + (C + 1) * V
 
 
-def test_flops_are_those_that_torch_counts():
+def test_flops_per_character_equal_torchs_count():
     from torch.utils.flop_counter import FlopCounterMode
 
-    # As torch counts, all T x T products count, half of which the causal mask hides.
+    # torch counts all T x T products, although the causal mask hides half of them.
     for changes in ({}, {"positions": "learned", "tied_head": True, "bias": True}):
         gpt = build(n_embd=24, block_size=32, **changes)
         with FlopCounterMode(display=False) as counter:
@@ -117,7 +129,7 @@ def test_flops_are_those_that_torch_counts():
         assert counter.get_total_flops() == 2 * 32 * gpt.flops_per_character()
 
 
-def test_logits_equal_hugging_faces_gpt2_with_its_weights():
+def test_logits_equal_hugging_face_gpt2_with_the_same_weights():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = load(ROOT / "configs/reference.yaml").model

@@ -366,7 +366,7 @@ def test_the_load_goes_on_whatever_the_clock_does(here, monkeypatch):
 def test_clients_that_start_at_once_share_one_store(here):
     code = (
         "import sys; from minigpt.tracking.journal import Journal\n"
-            "from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
+        "from minigpt.tracking.uploader import Uploader, resolve_tracking_uri\n"
         "journal = Journal(sys.argv[1] * 32); journal.name('a run'); Uploader(resolve_tracking_uri()).send(journal)"
     )
     variables = os.environ | {"PYTHONPATH": str(ROOT)}

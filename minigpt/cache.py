@@ -1,0 +1,128 @@
+"""KV cache for incremental decoding: the keys and values of the characters that a model has read.
+
+``GPT.forward(ids, cache)`` reads characters after those in the cache and adds them. One class serves a model in
+training precision, one with quantized weights, one inside a CUDA graph and the compiled decoder.
+
+Shapes: B sequences, H heads of S = head_size channels, C = n_embd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt.ops import causal_mask
+from minigpt.params import ModelParams
+
+
+@dataclass
+class CacheSlice:
+    """The part of a cache that a forward pass of T new characters writes and reads.
+
+    Attributes:
+        positions: of the new characters in their sequences; a slice, or an int64 tensor (T,).
+        slots: where their keys and values are stored, likewise.
+        visible: the first slot that any of them attends to, and the number of slots from there.
+        mask: 0 and -inf, (T, visible slots); None where all visible slots are attended to.
+    """
+
+    positions: slice | Tensor
+    slots: slice | Tensor
+    visible: tuple[int, int]
+    mask: Tensor | None
+
+
+class LayerCache:
+    """Keys and values of one layer, each (B, H, slots, S)."""
+
+    def __init__(self, keys: Tensor, values: Tensor, current: CacheSlice) -> None:
+        self.keys, self.values, self.current = keys, values, current
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of new characters, (B, H, T, S).
+
+        Returns:
+            the keys and the values of all visible slots, those of the new characters included.
+        """
+        return self._store(self.keys, k), self._store(self.values, v)
+
+    def _store(self, stored: Tensor, new: Tensor) -> Tensor:
+        slots = self.current.slots
+        if isinstance(slots, Tensor):
+            stored.index_copy_(2, slots, new)
+        else:
+            stored.narrow(2, slots.start, new.size(2)).copy_(new)
+        return stored.narrow(2, *self.current.visible)
+
+
+class KVCache:
+    """Keys and values of the last characters of B sequences of equal length, in order.
+
+    Args:
+        config: architecture of the model.
+        batch_size: sequences B.
+        slots: characters that fit. When more are read, those that no later one attends to are dropped.
+        dtype: of keys and values.
+        device: where they are stored.
+
+    Attributes:
+        length: characters read since the last :meth:`clear`.
+        layers: one :class:`LayerCache` for each block.
+        embeddings: of the last characters, for the convolution over the embeddings, (B, embd_conv - 1, C).
+    """
+
+    def __init__(
+        self, config: ModelParams, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.batch_size, self.slots, self.dtype, self.device = batch_size, slots, dtype, device
+        self.window = config.attention_window or config.block_size
+        shape = (config.n_layer, 2, batch_size, config.n_head, slots, config.head_size)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.current = CacheSlice(slice(0, 0), slice(0, 0), (0, slots), None)
+        self.layers = [LayerCache(self.kv[n, 0], self.kv[n, 1], self.current) for n in range(config.n_layer)]
+        earlier = (batch_size, config.embd_conv - 1, config.n_embd)
+        self.embeddings = torch.zeros(earlier, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.mask = causal_mask(slots, self.window).to(device, dtype)
+        self.length = self.used = 0
+
+    def clear(self) -> None:
+        """Forget all characters."""
+        self.embeddings.zero_()
+        self.length = self.used = 0
+
+    def make_room(self, count: int) -> None:
+        """Drop the oldest characters if ``count`` more do not fit; ``count`` is at most ``slots + 1 - window``."""
+        if self.used + count > self.slots:
+            self._drop(self.used - min(self.used, self.window - 1))
+
+    def reserve(self, count: int) -> CacheSlice:
+        """Make room for ``count`` new characters and return their slice."""
+        self.make_room(count)
+        first, current = self.used, self.current
+        begin, end = max(0, first + 1 - self.window), first + count
+        current.positions = slice(self.length, self.length + count)
+        current.slots = slice(first, end)
+        current.visible = begin, end - begin
+        current.mask = self.mask[first - begin : end - begin, : end - begin] if count > 1 else None
+        return current
+
+    def advance(self, count: int) -> None:
+        """Count ``count`` characters as read, after their keys and values were stored."""
+        self.length += count
+        self.used += count
+
+    def with_earlier_embeddings(self, x: Tensor) -> Tensor:
+        """Put the embeddings of the characters before the new ones, (B, T, C), in front of them and keep the last."""
+        if not self.embeddings.size(1):
+            return x
+        joined = torch.cat((self.embeddings, x), 1)
+        self.embeddings.copy_(joined[:, -self.embeddings.size(1) :])
+        return joined
+
+    def _drop(self, count: int) -> None:
+        """Drop the first ``count`` characters to make room."""
+        kept = self.used - count
+        self.kv[..., :kept, :] = self.kv[..., count : self.used, :].clone()
+        self.used = kept

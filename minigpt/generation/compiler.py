@@ -1,0 +1,113 @@
+"""Compilation of native.cpp for this processor, into a file in the user's cache folder that all models share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from minigpt.runtime.cpu import processor
+from minigpt.runtime.device import halves_bfloat16
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+
+
+class NotCompiledError(Exception):
+    """There is no compiled decoder for this processor, or it does not implement the model."""
+
+
+class NoCompilerError(NotCompiledError):
+    """There is no C++ compiler."""
+
+
+def library_path() -> Path:
+    """Return where the compiled file for this source, compiler flags and processor is, or will be."""
+    features = processor("flags", "Features")
+    made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *compiler_flags(), platform.machine(), features))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
+    return folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+
+
+def compiler_flags() -> tuple[str, ...]:
+    """Return the flags: without bfloat16 products where the processor has them at half the rate of float32."""
+    return (*FLAGS, *(("-mno-avx512bf16",) if halves_bfloat16() else ()))
+
+
+def find_compiler() -> str:
+    """Return the path of the C++ compiler, g++ or the one that CXX names.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
+    name = os.environ.get("CXX", "g++")
+    if compiler := shutil.which(name):
+        return compiler
+    raise NoCompilerError(f"there is no C++ compiler {name}")
+
+
+def build_library(wait: bool = True) -> Path:
+    """Compile native.cpp unless that was done before, in about ten seconds, and return the compiled file.
+
+    Args:
+        wait: for another process that compiles it now.
+
+    Raises:
+        NotCompiledError: it cannot be compiled, or another process is at it.
+    """
+    path = library_path()
+    if path.exists():
+        return path
+    compiler = find_compiler()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            FileLock(path.with_suffix(".lock"), blocking=wait),
+            tempfile.TemporaryDirectory(dir=path.parent) as temporary,
+        ):
+            if not path.exists():
+                compiled = Path(temporary) / path.name
+                command = [compiler, *compiler_flags(), "-o", str(compiled), str(SOURCE)]
+                ran = subprocess.run(command, check=False, capture_output=True, text=True)
+                if ran.returncode:
+                    raise NotCompiledError(f"{compiler} fails: {(ran.stderr.splitlines() or ['no message'])[0]}")
+                compiled.replace(path)
+    except Timeout:
+        raise NotCompiledError("another process is compiling it") from None
+    except OSError as error:
+        raise NotCompiledError(f"{error.filename}: {error.strerror}") from None
+    return path
+
+
+def build_in_background() -> None:
+    """Start a process that compiles native.cpp and outlives this one, for the next text.
+
+    Raises:
+        NoCompilerError: there is no compiler to start.
+    """
+    find_compiler()
+    package_root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+    # Bound to one core and never spinning, these threads would compete with those that write now.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    subprocess.Popen(
+        [sys.executable, "-m", "minigpt.generation.compiler"],
+        env=environment | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+if __name__ == "__main__":
+    if hasattr(os, "nice"):
+        os.nice(10)
+    build_library(wait=False)
