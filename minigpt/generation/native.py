@@ -29,8 +29,8 @@ from minigpt.errors import UserError
 from minigpt.generation.decoder import Decoder, KVCache
 from minigpt.model import GPT, Linear, Norm
 from minigpt.quantize import Weights, quantize_int8
-from minigpt.runtime.cpu import processor
-from minigpt.runtime.device import halves_bfloat16
+from minigpt.runtime.cpu import cpu_info
+from minigpt.runtime.device import bfloat16_at_half_rate
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -58,8 +58,8 @@ def library(build: bool = True) -> Path:
     Raises:
         NotCompiledError: it is missing, and is not to be made or cannot be.
     """
-    flags = (*FLAGS, *(("-mno-avx512bf16",) if halves_bfloat16() else ()))
-    features = processor("flags", "Features")
+    flags = (*FLAGS, *(("-mno-avx512bf16",) if bfloat16_at_half_rate() else ()))
+    features = cpu_info("flags", "Features")
     made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, platform.machine(), features))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"

@@ -47,9 +47,9 @@ def processor(request, monkeypatch):
     """What a compiled decoder is compiled for: also the least that such processors have, so no vectors of 64 bytes."""
     if shutil.which("g++") is None or (request.param == "x86-64" and platform.machine() not in ("x86_64", "AMD64")):
         pytest.skip(f"needs g++ for {request.param}")
-    if request.param == "in pairs" and "avx512_bf16" not in cpu.processor("flags").split():
+    if request.param == "in pairs" and "avx512_bf16" not in cpu.cpu_info("flags").split():
         pytest.skip("this processor does not multiply pairs of bfloat16 numbers")
-    monkeypatch.setattr(native, "halves_bfloat16", lambda: request.param == "one by one")
+    monkeypatch.setattr(native, "bfloat16_at_half_rate", lambda: request.param == "one by one")
     if request.param == "x86-64":
         monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-march=x86-64"))
 
