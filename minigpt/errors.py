@@ -15,11 +15,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-PEER_ERROR_DELAY = 2.0
-"""Seconds before a process reports that another one has failed; torchrun needs less to end it."""
-
-USER_ERROR_DELAY = 10.0
-"""Seconds before a rank above 0 reports a user's mistake. Rank 0 reports it first, and must also end its MLflow run."""
+PEER_ERROR_DELAY, USER_ERROR_DELAY = 2.0, 10.0
+"""Seconds before a process reports another one's failure, while torchrun ends it, and before a rank above 0 reports a
+user's mistake. Rank 0 most likely reports the same mistake first, and must also end its MLflow run."""
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 """Error numbers of a disk that is full or does not allow writing."""
@@ -56,7 +54,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if rank:  # all ranks have most likely found the same mistake
+        if rank:
             time.sleep(USER_ERROR_DELAY)
         message = f"{prefix if rank else 'minigpt: '}{error}"
         if "DVC_STAGE" in os.environ:

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def workspace() -> Path:
-    """Return the main workspace; DVC runs queued experiments in copies of it, and removes the copies."""
+    """Return the main workspace. DVC runs queued experiments in temporary copies."""
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 

@@ -1,9 +1,7 @@
-"""CPU settings of a process: cores, thread binding and memory.
+"""CPU settings of a process: its cores, thread binding and memory.
 
-Call :func:`configure_cpu` before torch is imported, because OpenMP reads its settings only once. MINIGPT_CPU=off
-leaves cores, threads and memory to the system.
-
-Processes that train concurrently share the cores: the ranks of one job, and the workers of a DVC queue.
+Call :func:`configure_cpu` before torch is imported, because OpenMP reads its settings only once. Concurrent processes
+share the cores: the ranks of a job, and the workers of a DVC queue. MINIGPT_CPU=off leaves everything to the system.
 """
 
 from __future__ import annotations
@@ -52,10 +50,7 @@ def available_cores() -> list[int]:
 
 
 def cpu_info(*fields: str) -> str:
-    """Return the first of these fields that /proc/cpuinfo contains, for example ``vendor_id``.
-
-    Without such a field, or on another system than Linux, return Python's name of the processor.
-    """
+    """Return the first of ``fields`` found in /proc/cpuinfo, such as ``vendor_id``; if none is, the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -65,13 +60,10 @@ def cpu_info(*fields: str) -> str:
 
 
 def hold_locks(names: Iterable[str]) -> bool:
-    """Take all of these locks, or none, without waiting; the process holds them until it ends.
+    """Try to take all locks ``names`` until this process ends; return whether that succeeded. On failure, take none.
 
-    Each lock is a file in the temporary folder, shared by all processes of this user. The system frees the locks of a
-    killed process. These locks only make programs faster, so that any failure counts as a lock held elsewhere.
-
-    Returns:
-        whether this process now holds them.
+    All processes of this user share the locks. The system frees the locks of a killed process. They only make programs
+    faster, so any failure to take one counts as a lock that another process holds.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
     locks: list[FileLock] = []
@@ -108,21 +100,18 @@ def limit_to_share() -> None:
     """
     if os.environ.get("MINIGPT_CPU") == "off" or not hasattr(os, "sched_setaffinity"):
         return
-    if "LOCAL_RANK" in os.environ:  # the launcher has taken the queue worker's share, and the ranks inherit it
-        index, count = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    else:
-        index, count = queue_worker()
-    cores = available_cores()
+    cores, rank = available_cores(), os.environ.get("LOCAL_RANK")
+    # A rank inherits its launcher's cores, which are the share of a queue worker already.
+    index, count = (int(rank), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if rank else queue_worker()
     if 1 < count <= len(cores):
         share = len(cores) // count
         os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
 
 
 def queue_worker() -> tuple[int, int]:
-    """Return the index of the DVC queue worker that started this process, and the number of workers in its queue.
+    """Return (index, count) for the DVC queue worker that started this process; (0, 1) if there is none.
 
-    `dvc queue start -j N` starts processes `dvc exp queue-worker dvc-exp-<queue>-<number>@<host>`. Without such an
-    ancestor, return (0, 1).
+    `dvc queue start -j N` starts processes `dvc exp queue-worker dvc-exp-<queue>-<number>@<host>`.
     """
     if "DVC_STAGE" not in os.environ:
         return 0, 1

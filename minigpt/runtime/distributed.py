@@ -65,39 +65,30 @@ class ProcessGroup:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Move ``model`` to the device; with several processes, average its gradients over them.
 
-        A sharded model keeps its class. It is sharded in place, block by block, so that only one block at a time is
-        gathered.
-
-        Args:
-            model: has attributes ``blocks``, ``compute_dtype`` and ``config`` if it is to be sharded.
+        Sharding needs the attributes ``blocks``, ``compute_dtype`` and ``config``. The model keeps its class, and is
+        sharded in place, block by block, so that only one block at a time is gathered.
         """
         if self.world_size == 1:
             return model.to(self.device)
-        if self.sharded:
-            return self._shard(model)
-        with warnings.catch_warnings():  # torch before 2.12 warns about an argument that we do not pass
-            warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(model.to(self.device), broadcast_buffers=False)
-
-    def _shard(self, model: Any) -> nn.Module:
+        if not self.sharded:
+            with warnings.catch_warnings():  # torch 2.13 deprecates an argument whose new name torch 2.12 rejects
+                warnings.simplefilter("ignore", FutureWarning)
+                return nn.parallel.DistributedDataParallel(model.to(self.device), broadcast_buffers=False)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy()
-        if model.compute_dtype and not model.config.norm_affine:
+        policy, gpt = MixedPrecisionPolicy(), cast("Any", model)
+        if gpt.compute_dtype and not gpt.config.norm_affine:
             # A block's linear layers compute in this dtype anyway, and gathering them in it halves the traffic.
-            policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
-        for block in model.blocks:
+            policy = MixedPrecisionPolicy(param_dtype=gpt.compute_dtype, reduce_dtype=torch.float32)
+        for block in gpt.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
-        return cast("nn.Module", model)
+        return model
 
     def no_sync(self, parallel: nn.Module, skip: bool) -> AbstractContextManager[None]:
-        """Return a context that accumulates gradients without averaging them, if ``skip``.
-
-        A later micro-batch averages their sum over the processes.
-        """
+        """Return a context that, if ``skip``, leaves averaging the gradients to a later micro-batch."""
         if self.world_size == 1:
             return nullcontext()
         if self.sharded:
@@ -165,10 +156,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def from_local(shard: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor that has this shard in this process and is sharded as ``like``.
-
-    If ``like`` is not sharded, return ``shard``.
-    """
+    """Return the tensor that is sharded as ``like`` and has this shard in this process; without shards, ``shard``."""
     if not hasattr(like, "to_local"):
         return shard
     from torch.distributed.tensor import DTensor
@@ -217,8 +205,21 @@ def join_process_group(device: str, grad_accum: int, parallel: str = "ddp") -> I
     if ":" in device:
         raise UserError(f"train.device: {device} is a single device, but there are {world_size} processes; use cuda")
     own_device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=float(os.environ.get("MINIGPT_PEER_SECONDS", PEER_TIMEOUT)))
+    cuda = own_device.type == "cuda"
     try:
-        _init_process_group(rank, world_size, own_device)
+        store = next(rendezvous("env://", timeout=timeout))[0]
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            # torchrun's agent keeps its store over restarts, and the store still has the addresses of dead processes.
+            store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=own_device if cuda else None,
+        )
         yield ProcessGroup(rank, world_size, own_device, parallel == "fsdp")
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or GLOO_ERROR in str(error):
@@ -226,20 +227,3 @@ def join_process_group(device: str, grad_accum: int, parallel: str = "ddp") -> I
         raise
     # Not after an error, because NCCL would wait for processes that no longer exist.
     distributed.destroy_process_group()
-
-
-def _init_process_group(rank: int, world_size: int, device: torch.device) -> None:
-    timeout = timedelta(seconds=float(os.environ.get("MINIGPT_PEER_SECONDS", PEER_TIMEOUT)))
-    cuda = device.type == "cuda"
-    store = next(rendezvous("env://", timeout=timeout))[0]
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        # torchrun's agent keeps its store over restarts, and the store still has the addresses of dead processes.
-        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if cuda else None,
-    )

@@ -21,7 +21,7 @@ def launch(module: str, processes: int) -> bool:
     """Run ``python -m module`` as a distributed job, if one is requested.
 
     If MINIGPT_LAUNCH is set, replace this process by that command, for example a torchrun on several machines.
-    Otherwise start ``processes`` processes on this machine. If one of them is killed, the job restarts from its last
+    Otherwise start ``processes`` processes on this machine. If one is killed, the job restarts from its last
     checkpoint, up to MAX_RESTARTS times. A signal is passed to every process once, and this process waits until they
     end. They share the cores equally unless OMP_NUM_THREADS is set. If the job fails, this process exits with its code.
 
