@@ -1,6 +1,7 @@
-"""What ends a program on purpose: a user's mistake, or a signal. Neither shows a traceback.
+"""Errors that end a program without a traceback, and :func:`run`, which reports them.
 
-Of a job of several processes, the one that failed first speaks: the others hold back until torchrun ends them.
+When one process of a distributed job fails, torchrun ends the others. They delay their own messages until then, so that
+the user sees only the first error.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-HOLD_BACK, GIVE_WAY = 2.0, 10.0
-"""Seconds in which torchrun ends the other processes of a job once one has failed; in which the first process, which
-must also end its tracking, tells of a mistake that all have made."""
+PEER_ERROR_DELAY, USER_ERROR_DELAY = 2.0, 10.0
+"""Seconds before a process reports another one's failure, while torchrun ends it, and before a rank above 0 reports a
+user's mistake. Rank 0 most likely reports the same mistake first, and must also end its MLflow run."""
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-"""What a full or forbidden disk answers."""
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+"""Error numbers of a disk that is full or does not allow writing."""
 
 
 class UserError(Exception):
-    """Something that the user can put right. Its message names the file, key or character, and the way out."""
+    """Error that the user can fix. The message names the file, key or character, and the fix."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is none
-    """Work stopped by a signal after its state was saved.
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """End of work that a signal stopped after its state was saved.
 
     Attributes:
-        signum: the signal; the process exits with 128 + signum, so that DVC records nothing as complete.
-            A process that notices that its parent has died takes it for a SIGHUP.
+        signum: the signal. The process exits with 128 + signum, so that DVC does not record the stage as complete. A
+            process whose parent has died uses SIGHUP.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -39,47 +41,42 @@ class Interrupted(Exception):  # noqa: N818 - it is none
 
 
 class PeerLostError(Exception):
-    """Another process of the job has failed, or can no longer be reached."""
+    """Failure of another process of the job, or of the connection to it."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main`` as a program: mistakes and signals end in one line on standard error and an exit code."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    who = "" if world == 1 else f"rank {rank} of {world}, on {platform.node()}: "
+    """Call ``main`` as a program: report expected errors in one line on stderr, and exit with a code.
+
+    Unexpected errors keep their traceback. In a distributed job it is printed with the rank and the host.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    prefix = "minigpt: " if world_size == 1 else f"minigpt: rank {rank} of {world_size}, on {platform.node()}: "
     try:
         main()
     except UserError as error:
-        if rank:  # most likely the first process has made the same mistake, and says so
-            time.sleep(GIVE_WAY)
-        print(f"minigpt: {who if rank else ''}{error}", file=sys.stderr)
+        if rank:
+            time.sleep(USER_ERROR_DELAY)
+        message = f"{prefix if rank else 'minigpt: '}{error}"
         if "DVC_STAGE" in os.environ:
-            print(
-                "minigpt: DVC kept the outputs of the last good run; `dvc checkout dvc.yaml` brings them back",
-                file=sys.stderr,
-            )
-        sys.exit(1)
+            message += "\nminigpt: to restore the outputs of the last successful run, use `dvc checkout dvc.yaml`"
+        _exit(1, message)
     except Interrupted as stop:
-        if not rank:
-            print(f"minigpt: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        _exit(128 + stop.signum, "" if rank else f"minigpt: {stop}")
     except PeerLostError as error:
-        time.sleep(HOLD_BACK)
-        print(
-            f"minigpt: {who}another process has failed or cannot be reached, so this one ends: {error}; "
-            "run the same again, and it goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        time.sleep(PEER_ERROR_DELAY)
+        problem = f"stopping, because another process has failed or cannot be reached: {error}"
+        _exit(1, f"{prefix}{problem}; run the same command to resume from the last checkpoint")
     except KeyboardInterrupt:
-        if not rank:
-            print("minigpt: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130, "" if rank else "minigpt: interrupted")
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            where = f" {error.filename}" if error.filename else ""
-            print(f"minigpt: {who}cannot write{where}: {error.strerror}", file=sys.stderr)
-            sys.exit(1)
-        if world == 1:
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            _exit(1, f"{prefix}cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        if world_size == 1:
             raise
-        print(f"minigpt: {who}failed\n{traceback.format_exc()}", file=sys.stderr, end="")
-        sys.exit(1)
+        _exit(1, f"{prefix}failed\n{traceback.format_exc().rstrip()}")
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, flushed to the disk, renamed."""
+"""Atomic writes: a directory appears complete or not at all, also after a crash."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 
+def workspace() -> Path:
+    """Return the main workspace. DVC runs queued experiments in temporary copies."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve()
+
+
 def fsync(path: Path) -> None:
-    """Flush a file or a folder to the disk (fsync)."""
+    """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,29 +29,28 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside ``target``; on success it takes the place of ``target``.
+    """Yield an empty temporary directory, and rename it to ``target`` when the block succeeds.
 
-    On an error the temporary folder is removed and ``target`` stays as it was. Every file is on the disk
-    before the rename. What a killed process left of an earlier try is removed; two processes must not write
-    the same target at once.
+    On an error, the temporary directory is removed and ``target`` stays unchanged. Every file is on the disk before the
+    rename. Remains of a killed process are removed, so two processes must not write the same target concurrently.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}-*.tmp"):
-        shutil.rmtree(left)
+    for remains in target.parent.glob(f".{target.name}-*.tmp"):
+        shutil.rmtree(remains)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
     try:
-        os.chmod(folder, 0o777 & ~_umask())
+        folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to this user only
         yield folder
         for path in folder.rglob("*"):
             fsync(path)
         fsync(folder)
         if target.exists():
             old = folder.with_name(f".{target.name}-old.tmp")
-            os.rename(target, old)
-            os.rename(folder, target)
+            target.rename(old)
+            folder.rename(target)
             shutil.rmtree(old)
         else:
-            os.rename(folder, target)
+            folder.rename(target)
         fsync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,12 +58,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON: characters stay readable, floats keep all their digits."""
+    """Write ``value`` as indented JSON, with non-ASCII characters as they are and floats with all digits."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the same keys as CSV, the keys above."""
+    """Write rows with the same keys as CSV, with the keys as the header."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
         table.writeheader()
@@ -70,8 +74,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def workspace() -> Path:
-    """The main workspace: DVC runs queued experiments in copies of it, which vanish."""
-    return Path(os.environ.get("DVC_ROOT") or ".").resolve()

@@ -20,7 +20,7 @@ from minigpt.data.text import CHUNK, Span, _changed, pieces, read, text_files
 from minigpt.data.tokenizer import CODE_POINTS, Tokenizer
 from minigpt.errors import UserError
 from minigpt.files import write_json
-from minigpt.runtime.cpu import cores
+from minigpt.runtime.cpu import available_cores
 
 if TYPE_CHECKING:
     pass
@@ -62,7 +62,7 @@ def encode(
     size = sum(file.st_size for file in found)
     work = list(pieces(paths, normalize))
     if workers is None:
-        workers = len(cores()) if size >= PARALLEL else 1
+        workers = len(available_cores()) if size >= PARALLEL else 1
     with processes(min(workers, len(work)), source) as run, progress(2 * size) as told:
         seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
         for piece, (points, count) in zip(work, run(partial(_scan, normalize), work), strict=True):

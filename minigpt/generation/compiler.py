@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from minigpt.runtime.cpu import processor
-from minigpt.runtime.device import halves_bfloat16
+from minigpt.runtime.cpu import cpu_info
+from minigpt.runtime.device import bfloat16_at_half_rate
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
@@ -30,7 +30,7 @@ class NoCompilerError(NotCompiledError):
 
 def library_path() -> Path:
     """Return where the compiled file for this source, compiler flags and processor is, or will be."""
-    features = processor("flags", "Features")
+    features = cpu_info("flags", "Features")
     made_from = "\n".join((SOURCE.read_text(encoding="utf-8"), *compiler_flags(), platform.machine(), features))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt"
     return folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
@@ -38,7 +38,7 @@ def library_path() -> Path:
 
 def compiler_flags() -> tuple[str, ...]:
     """Return the flags: without bfloat16 products where the processor has them at half the rate of float32."""
-    return (*FLAGS, *(("-mno-avx512bf16",) if halves_bfloat16() else ()))
+    return (*FLAGS, *(("-mno-avx512bf16",) if bfloat16_at_half_rate() else ()))
 
 
 def find_compiler() -> str:

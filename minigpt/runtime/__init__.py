@@ -1,5 +1,5 @@
-"""The processor, the devices and the processes that a program runs on.
+"""CPU settings, compute devices, and the processes of a distributed job.
 
-Nothing here knows what a GPT is.
+Nothing here depends on the model.
 May import: errors, files.
 """

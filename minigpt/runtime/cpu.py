@@ -1,158 +1,170 @@
-"""How a process uses its CPU: which cores its threads run on, and how it keeps its memory.
+"""CPU settings of a process: its cores, thread binding and memory.
 
-Call :func:`configure_cpu` before torch is imported. MINIGPT_CPU=off leaves both as the system has them.
-
-Processes that train at once share the cores out: those of one job, and the workers of DVC's queue.
+Call :func:`configure_cpu` before torch is imported, because OpenMP reads its settings only once. Concurrent processes
+share the cores: the ranks of a job, and the workers of a DVC queue. MINIGPT_CPU=off leaves everything to the system.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-HUGE_PAGE = 1 << 21
+import psutil
+from filelock import FileLock
+
+HUGE_PAGE_BYTES = 1 << 21
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 
-_held: list[int] = []
+# A FileLock releases its file when it is garbage-collected, so these live as long as the process.
+_held_locks: list[FileLock] = []
 
-_share: set[int] = set()
+_unbound_cores: set[int] = set()
 
 
 def configure_cpu(spin: bool = False) -> None:
-    """CacheSlice the threads and keep the memory.
+    """Limit the process to its share of the cores, bind its threads, and retain its memory.
 
     Args:
-        spin: threads never sleep between two pieces of work. For writing, whose pieces take some microseconds each,
-            that is a third faster; it keeps all cores busy for as long as the process lives.
+        spin: keep threads awake between two pieces of work. Generation is a third faster with it, because its pieces
+            take microseconds. All cores stay busy for as long as the process lives.
     """
-    keep_to_share()
+    limit_to_share()
     if os.environ.get("MINIGPT_CPU") == "off":
         return
-    place_threads(spin)
-    keep_memory()
+    bind_threads(spin)
+    retain_memory()
 
 
-def cores() -> list[int]:
-    """The cores that this process may run on."""
+def available_cores() -> list[int]:
+    """Return the cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def processor(*fields: str) -> str:
-    """What Linux says of the processor in the first of these fields that it has, such as its maker (vendor_id)."""
+def cpu_info(*fields: str) -> str:
+    """Return the first of ``fields`` found in /proc/cpuinfo, such as ``vendor_id``; if none is, the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # there is no such file but on Linux
+    except OSError:
         lines = []
-    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return next((said[field] for field in fields if field in said), platform.processor())
+    info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return next((info[field] for field in fields if field in info), platform.processor())
 
 
-def keep_to_share() -> None:
-    """Keep to this process's share of the cores: as a worker of DVC's queue, and as one process of a job.
+def hold_locks(names: Iterable[str]) -> bool:
+    """Try to take all locks ``names`` until this process ends; return whether that succeeded. On failure, take none.
 
-    Where there are fewer cores than processes, the system places them.
+    All processes of this user share the locks. The system frees the locks of a killed process. They only make programs
+    faster, so any failure to take one counts as a lock that another process holds.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    locks: list[FileLock] = []
+    try:
+        for name in names:
+            locks.append(FileLock(Path(tempfile.gettempdir()) / f"minigpt-{name}-{user}.lock", mode=0o600))
+            locks[-1].acquire(blocking=False)
+    except OSError:  # includes filelock.Timeout
+        for lock in locks:
+            lock.release()
+        return False
+    _held_locks.extend(locks)
+    return True
+
+
+def ancestors() -> list[tuple[int, str]]:
+    """Return the (pid, name) of this process's parent, of the parent's parent, and so on.
+
+    The list ends early at a process that has just ended or cannot be read.
+    """
+    chain = []
+    with suppress(psutil.Error, OSError):
+        process = psutil.Process().parent()
+        while process is not None:
+            chain.append((process.pid, process.name()))
+            process = process.parent()
+    return chain
+
+
+def limit_to_share() -> None:
+    """Limit this process to its share of the cores, as a rank of a job or as a worker of a DVC queue.
+
+    With fewer cores than processes, the system distributes the processes.
     """
     if os.environ.get("MINIGPT_CPU") == "off" or not hasattr(os, "sched_setaffinity"):
         return
-    place = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for index, count in (place,) if "LOCAL_RANK" in os.environ else (queue_worker(), place):
-        here = cores()
-        if 1 < count <= len(here):
-            each = len(here) // count
-            os.sched_setaffinity(0, here[index * each : (index + 1) * each])
+    cores, rank = available_cores(), os.environ.get("LOCAL_RANK")
+    # A rank inherits its launcher's cores, which are the share of a queue worker already.
+    index, count = (int(rank), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if rank else queue_worker()
+    if 1 < count <= len(cores):
+        share = len(cores) // count
+        os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
 
 
 def queue_worker() -> tuple[int, int]:
-    """Which of how many workers of DVC's queue has started this process; (0, 1) if none has.
+    """Return (index, count) for the DVC queue worker that started this process; (0, 1) if there is none.
 
     `dvc queue start -j N` starts processes `dvc exp queue-worker dvc-exp-<queue>-<number>@<host>`.
     """
+    if "DVC_STAGE" not in os.environ:
+        return 0, 1
     workers = {}
-    try:
-        for entry in Path("/proc").iterdir() if "DVC_STAGE" in os.environ else ():
-            words = _words(entry) if entry.name.isdigit() else []
+    with suppress(psutil.Error, OSError):
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []  # None: the process cannot be read
             if "queue-worker" in words[:-1]:
-                workers[int(entry.name)] = words[words.index("queue-worker") + 1].partition("@")[0]
-    except OSError:  # there is no such file system but on Linux
+                workers[process.pid] = words[words.index("queue-worker") + 1].partition("@")[0]
+    worker = next((workers[pid] for pid, _ in ancestors() if pid in workers), None)
+    if worker is None:
         return 0, 1
-    pid = os.getpid()
-    while pid > 1 and pid not in workers:
-        pid = _parent(pid)
-    if pid not in workers:
-        return 0, 1
-    queue = workers[pid].rpartition("-")[0]
-    fellows = sorted({name for name in workers.values() if name.rpartition("-")[0] == queue})
-    return fellows.index(workers[pid]), len(fellows)
+    queue = worker.rpartition("-")[0]
+    members = sorted({name for name in workers.values() if name.rpartition("-")[0] == queue})
+    return members.index(worker), len(members)
 
 
-def _words(process: Path) -> list[str]:
-    """The command line of a process; empty if it has just ended."""
-    try:
-        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
+def bind_threads(spin: bool = False) -> None:
+    """Bind one OpenMP thread to each core, so that no two threads share a core and stall at every barrier.
 
-
-def _parent(pid: int) -> int:
-    """The process that started ``pid``; 0 if it has just ended."""
-    try:
-        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def place_threads(spin: bool = False) -> None:
-    """Bind one thread to each core, so that no two share one and stall at every barrier.
-
-    Only one process of a user can have a core so. One that comes beside it leaves its threads unbound and lets
-    them sleep while they wait. A placement that OpenMP has been told of already stays.
+    Only one process of a user can bind its threads to a core. A concurrent process leaves its threads unbound, and
+    lets them sleep while they wait. OpenMP settings in the environment take precedence.
     """
     if {"OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY"} & set(os.environ):
         return
-    locks: list[int] = []
-    try:
-        for core in cores():
-            name = f"minigpt-core-{core}-{os.getuid()}.lock"
-            locks.append(os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR, 0o600))
-            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        for lock in locks:
-            os.close(lock)
+    cores = available_cores()
+    if not hold_locks(f"core-{core}" for core in cores):
         os.environ["OMP_WAIT_POLICY"] = "passive"
         return
-    _held.extend(locks)
-    _share.update(cores())
+    _unbound_cores.update(cores)
     os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | ({"OMP_WAIT_POLICY": "active"} if spin else {})
 
 
-def unbind() -> None:
-    """Let this thread, and those that it starts, run on all of the process's cores: for what computes on a GPU.
+def unbind_threads() -> None:
+    """Let this thread, and the threads that it starts, run on all of the process's cores; for work on a GPU.
 
-    Importing torch has bound it to one, and a GPU's kernels are compiled by as many processes as it may use cores.
+    Importing torch binds this thread to one core. GPU kernels are compiled by one process per available core.
     """
-    if _share and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, _share)
+    if _unbound_cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _unbound_cores)
 
 
-def keep_memory() -> None:
-    """Keep freed memory, in huge pages where the system has them, in place of returning it to the system.
+def retain_memory() -> None:
+    """Keep freed memory in this process, in huge pages if available, instead of returning it to the system.
 
-    A training step allocates what the last one freed. By default glibc gives large blocks back, and the system
-    clears every page anew when it is next touched: up to a third of a step. Half of the machine's memory is reserved
-    as addresses, which take up memory only once they are used.
+    A training step allocates the memory that the previous step freed. By default glibc returns large blocks, and the
+    system clears every page again on the next access, which takes up to a third of a step. This reserves addresses for
+    half of the machine's memory; a page takes up memory only after its first use.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):  # another C library than glibc
         return
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
@@ -160,6 +172,6 @@ def keep_memory() -> None:
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if block := libc.malloc(size):
-        first = -(-block // HUGE_PAGE) * HUGE_PAGE
-        libc.madvise(first, (block + size - first) // HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE)
+        first = -(-block // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        libc.madvise(first, (block + size - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MADV_HUGEPAGE)
         libc.free(block)

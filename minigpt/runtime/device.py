@@ -1,86 +1,72 @@
-"""TODO."""
+"""Compute device of a process, and the number format that is fastest on it."""
 
 from __future__ import annotations
-
-import fcntl
-import os
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from minigpt.errors import UserError
-from minigpt.runtime.cpu import processor, unbind
-
-if TYPE_CHECKING:
-    pass
+from minigpt.runtime.cpu import cpu_info, hold_locks, unbind_threads
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device for ``train.device``: ``auto`` is a CUDA device when there is one, else the CPU.
+    """Return the device for ``train.device``; ``auto`` is a CUDA device if there is one, else the CPU.
 
-    Of several CUDA devices, each process of a job takes the one of its ``local_rank``; a process alone takes the
-    first that no other process of this project uses, so that queued experiments do not meet on one.
+    With several CUDA devices, each rank of a job takes the one with its ``local_rank``. A single process takes the
+    first device that no other process of this project uses, so that queued experiments use different devices.
 
     Raises:
-        UserError: CUDA is asked for and absent.
+        UserError: CUDA is requested and not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if named := name.partition(":")[2]:
-            index = int(named)
-        else:
-            index = local_rank if local_rank is not None else free_device(count)
-        if index >= count:
-            raise UserError(f"train.device: {name} is asked for, but {count} CUDA devices are here; set it to auto")
-        torch.cuda.set_device(index)
-        unbind()
-        return torch.device("cuda", index)
-    return torch.device("cpu")
-
-
-_held: list[int] = []
+    if not name.startswith("cuda"):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number := name.partition(":")[2]:
+        index = int(number)
+    else:
+        index = local_rank if local_rank is not None else free_device(count)
+    if index >= count:
+        raise UserError(f"train.device: {name} is not available (CUDA devices found: {count}); set it to auto")
+    torch.cuda.set_device(index)
+    unbind_threads()
+    return torch.device("cuda", index)
 
 
 def free_device(count: int) -> int:
-    """The first CUDA device that no process of this user has taken here, from now on taken; 0 if all are."""
+    """Reserve the first CUDA device that no process of this user has reserved, and return its index; 0 if none is free.
+
+    Args:
+        count: number of CUDA devices. With one device there is nothing to choose, and nothing is reserved.
+    """
     for index in range(count if count > 1 else 0):
-        name = f"minigpt-{torch.cuda.get_device_properties(index).uuid}-{os.getuid()}.lock"
-        lock = os.open(Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            continue
-        _held.append(lock)
-        return index
+        if hold_locks([str(torch.cuda.get_device_properties(index).uuid)]):
+            return index
     return 0
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of activations for ``train.dtype``; None for that of the weights, float32.
+    """Return the dtype of activations for ``train.dtype``; None means that of the weights, float32.
 
-    ``auto`` is bfloat16 on a GPU that has it, and on processors that multiply it faster than float32.
+    ``auto`` is bfloat16 on a GPU that supports it, and on CPUs that multiply it faster than float32.
     """
     if name == "auto":
-        slow = device.type == "cpu" and halves_bfloat16() and not torch.cpu._is_amx_tile_supported()
+        slow = device.type == "cpu" and bfloat16_at_half_rate() and not torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_bfloat16(device) and not slow else None
     return torch.bfloat16 if name == "bfloat16" else None
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 numbers, at whatever rate."""
+    """Return whether the hardware multiplies bfloat16 numbers, at any rate."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def halves_bfloat16() -> bool:
-    """Whether the processor multiplies pairs of bfloat16 numbers, but at half the rate of float32.
+def bfloat16_at_half_rate() -> bool:
+    """Return whether the CPU has instructions for pairs of bfloat16 numbers that run at half the rate of float32.
 
-    So do Intel's: one such instruction takes as long as four in float32 that do half as much each. AMD's double it.
+    Intel's do: one such instruction takes as long as four in float32, and each of those does half as much. AMD's run at
+    double the rate.
     """
-    return "GenuineIntel" in processor("vendor_id") and "avx512_bf16" in processor("flags").split()
+    return "GenuineIntel" in cpu_info("vendor_id") and "avx512_bf16" in cpu_info("flags").split()

@@ -1,4 +1,4 @@
-"""Start a stage as several processes, with torchrun's own agent, and let the process that fails speak first."""
+"""Launcher of a stage in several processes, with torchrun's agent."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import tempfile
 import uuid
 
 from minigpt.errors import UserError
-from minigpt.runtime.cpu import cores, keep_to_share
+from minigpt.runtime.cpu import available_cores, limit_to_share
 
-RESTARTS = 3
-"""How often a job whose process was killed starts again by itself. What failed with an error would fail again."""
+MAX_RESTARTS = 3
+"""Number of automatic restarts after a process was killed. A process that fails with an error would fail again."""
 
 
 def launch(module: str, processes: int) -> bool:
-    """Run ``python -m module`` as the job that is asked for, if it is more than this process.
+    """Run ``python -m module`` as a distributed job, if one is requested.
 
-    With MINIGPT_LAUNCH in the environment, by that command, which starts torchrun on several machines. Else as
-    ``processes`` on this one, where a job whose process is killed goes on from its last checkpoint, up to RESTARTS
-    times. A signal is passed on to every process, once, and their end awaited. The cores are shared out equally
-    unless OMP_NUM_THREADS is set. If the job fails, this process ends with its exit code.
+    If MINIGPT_LAUNCH is set, replace this process by that command, for example a torchrun on several machines.
+    Otherwise start ``processes`` processes on this machine. If one is killed, the job restarts from its last
+    checkpoint, up to MAX_RESTARTS times. A signal is passed to every process once, and this process waits until they
+    end. They share the cores equally unless OMP_NUM_THREADS is set. If the job fails, this process exits with its code.
 
     Returns:
-        whether a job was run; not if this process is one of a job already, or all that is asked for.
+        whether a job was run. False in a process of a job, and if one process is requested.
 
     Raises:
-        UserError: there is no such command.
+        UserError: the command in MINIGPT_LAUNCH cannot be run.
     """
     if "RANK" in os.environ:
         return False
@@ -37,21 +37,21 @@ def launch(module: str, processes: int) -> bool:
         try:
             os.execvp(command[0], [*command, "-m", module])  # noqa: S606 - the user's own command
         except OSError as error:
-            raise UserError(f"MINIGPT_LAUNCH: {command[0]}: {error.strerror}") from None
+            raise UserError(f"MINIGPT_LAUNCH: cannot run {command[0]}: {error.strerror}") from None
     if processes > 1:
-        _launch_here(module, processes)
+        _launch_locally(module, processes)
     return processes > 1
 
 
-def _launch_here(module: str, processes: int) -> None:
-    keep_to_share()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // processes)))
-    logging.disable()  # what the agent would say is said here, and by the processes themselves
+def _launch_locally(module: str, processes: int) -> None:
+    limit_to_share()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(available_cores()) // processes)))
+    logging.disable()  # this module and the processes print their own messages
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for left in reversed(range(RESTARTS + 1)):
+    for restarts_left in reversed(range(MAX_RESTARTS + 1)):
         try:
             with tempfile.TemporaryDirectory(prefix="minigpt-") as logs:
                 config = LaunchConfig(
@@ -75,7 +75,7 @@ def _launch_here(module: str, processes: int) -> None:
                 sys.exit(failure.exitcode)
             name = signal.Signals(-failure.exitcode).name
             killed = f"minigpt: rank {rank} of {processes} (process {failure.pid}) was killed by {name}"
-            if not left:
-                print(f"{killed}, the last of {RESTARTS + 1} times: this job does not start again", file=sys.stderr)
+            if not restarts_left:
+                print(f"{killed}; not restarting again after {MAX_RESTARTS} restarts", file=sys.stderr)
                 sys.exit(128 - failure.exitcode)
-            print(f"{killed}; the job goes on from its last checkpoint", file=sys.stderr)
+            print(f"{killed}; restarting the job from its last checkpoint", file=sys.stderr)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from minigpt.runtime.cpu import processor
+from minigpt.runtime.cpu import cpu_info
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def describe(device: torch.device) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor('model name') or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{cpu_info('model name') or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 class Monitor:

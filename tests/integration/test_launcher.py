@@ -1,4 +1,4 @@
-"""Jobs of several processes, on one host and on two: how they start, fail, are killed, and go on."""
+"""Jobs of several processes, on one host and on two hosts: start, failure, kill and resume."""
 
 import os
 import shutil
@@ -6,16 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 from helpers.trainings import LONG, outcome, prepared, start, states, wait_for
 from helpers.workspace import make_repository, python, set_params
 
 FULL = os.environ.get("TORTURE") == "full"
-TWO = {"train": LONG["train"] | {"processes": 2, "grad_accum": 2, "dtype": "float32"}}
-SINGLE_PROCESS = {"train": TWO["train"] | {"processes": 1}}
-BROKEN = """
+TWO_PROCESSES = {"train": LONG["train"] | {"processes": 2, "grad_accum": 2, "dtype": "float32"}}
+SINGLE_PROCESS = {"train": TWO_PROCESSES["train"] | {"processes": 1}}
+BROKEN_STAGE = """
 import sys
 from minigpt import errors
 from minigpt.runtime import distributed, launcher
@@ -23,12 +23,12 @@ from minigpt.runtime import distributed, launcher
 def main():
     if launcher.launch("stages.broken", 2):
         return
-    with distributed.join_process_group("cpu", 2) as job:
-        job.all_reduce_sum(__import__("torch").ones(1))
-        if job.rank == 1:
+    with distributed.join_process_group("cpu", 2) as group:
+        group.all_reduce_sum(__import__("torch").ones(1))
+        if group.rank == 1:
             {failure}
         for _ in range(100):
-            job.all_reduce_sum(__import__("torch").ones(1))
+            group.all_reduce_sum(__import__("torch").ones(1))
 
 if __name__ == "__main__":
     errors.run(main)
@@ -36,9 +36,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, project_files):
-    """What one process comes to with the same micro-batches."""
-    folder = prepared(tmp_path_factory.mktemp("undisturbed") / "work", project_files)
+def expected(tmp_path_factory, project_files):
+    """Result of an uninterrupted training in one process, with the same micro-batches."""
+    folder = prepared(tmp_path_factory.mktemp("expected") / "work", project_files)
     set_params(folder, SINGLE_PROCESS)
     ran = start(sys.executable, "-m", "stages.train", cwd=folder)
     printed, _ = ran.communicate(timeout=300)
@@ -49,17 +49,13 @@ def undisturbed(tmp_path_factory, project_files):
 @pytest.fixture
 def folder(tmp_path, project_files):
     folder = prepared(tmp_path / "work", project_files)
-    set_params(folder, TWO)
+    set_params(folder, TWO_PROCESSES)
     return folder
 
 
-def processes_of(launcher):
-    """The ids of the processes that ``launcher`` has started, first rank first."""
-    try:
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return sorted(int(child) for child in children)
+def ranks_of(launcher):
+    """Return the pids of the ranks that ``launcher`` has started, rank 0 first."""
+    return sorted(child.pid for child in psutil.Process(launcher.pid).children())
 
 
 def run(folder, *program, **variables):
@@ -69,19 +65,21 @@ def run(folder, *program, **variables):
 
 
 @pytest.mark.parametrize("variables", [{}, {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}])
-def test_dvc_repro_trains_in_two_processes_what_one_does(tmp_path, project_files, undisturbed, variables):
-    repository = make_repository(tmp_path / "repository", project_files, LONG, SINGLE_PROCESS if variables else TWO)
+def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, project_files, expected, variables):
+    repository = make_repository(
+        tmp_path / "repository", project_files, LONG, SINGLE_PROCESS if variables else TWO_PROCESSES
+    )
     code, printed = run(repository, "dvc", "repro", "train", **variables)
     assert code == 0, printed
-    assert outcome(repository) == undisturbed
+    assert outcome(repository) == expected
     assert printed.count("parameters in float32 on CPU, 1 threads") == 1
     assert printed.count("characters, in 2 processes") == 1
     assert printed.count("step      0   train") == 1
 
 
 @pytest.mark.parametrize("failure", ["1 / 0", "raise errors.UserError('the disk of this host is missing')"])
-def test_the_process_that_fails_speaks_first_and_alone(folder, failure):
-    (folder / "stages/broken.py").write_text(BROKEN.format(failure=failure))
+def test_only_the_process_that_fails_reports_an_error(folder, failure):
+    (folder / "stages/broken.py").write_text(BROKEN_STAGE.format(failure=failure))
     code, printed = run(folder, sys.executable, "-m", "stages.broken")
     assert code == 1
     lines = [line for line in printed.splitlines() if "Warning" not in line]
@@ -94,7 +92,7 @@ def test_the_process_that_fails_speaks_first_and_alone(folder, failure):
         assert "Traceback" not in printed
 
 
-def test_what_all_processes_find_wrong_is_said_once(folder):
+def test_error_in_all_processes_is_reported_once(folder):
     set_params(folder, {"train": {"learning_rate": 1e30, "adam_learning_rate": 1e30}})
     code, printed = run(folder)
     assert code == 1
@@ -104,29 +102,29 @@ def test_what_all_processes_find_wrong_is_said_once(folder):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("program", ["stages.train", "torchrun"])
-def test_a_killed_process_is_started_again_and_goes_on(tmp_path, project_files, undisturbed, program, rank):
+def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expected, program, rank):
     torchrun = ("torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "stages.train")
     for trial in range(5 if FULL else 1):
         folder = prepared(tmp_path / str(trial), project_files)
-        set_params(folder, TWO)
+        set_params(folder, TWO_PROCESSES)
         command = torchrun if program == "torchrun" else (sys.executable, "-m", program)
         process = start(*command, cwd=folder)
         assert wait_for(lambda: states(folder), process), process.communicate()[0]  # noqa: B023
-        os.kill(processes_of(process)[rank], signal.SIGKILL)
+        os.kill(ranks_of(process)[rank], signal.SIGKILL)
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
-        assert outcome(folder) == undisturbed, printed
-        assert "goes on after step" in printed
+        assert outcome(folder) == expected, printed
+        assert "resuming after step" in printed
         if program == "stages.train":
             assert f"rank {rank} of 2" in printed
-            assert "was killed by SIGKILL; the job goes on from its last checkpoint" in printed
+            assert "was killed by SIGKILL; restarting the job from its last checkpoint" in printed
 
 
 @pytest.mark.parametrize("how", ["SIGINT to all", "SIGTERM to the launcher", "SIGKILL to the launcher"])
-def test_a_stopped_job_saves_and_goes_on_in_one_process(folder, undisturbed, how):
+def test_stopped_job_saves_and_resumes_in_one_process(folder, expected, how):
     process = start(sys.executable, "-m", "stages.train", cwd=folder)
     assert wait_for(lambda: states(folder), process), process.communicate()[0]
-    ranks = processes_of(process)
+    ranks = ranks_of(process)
     assert len(ranks) == 2
     if how == "SIGINT to all":
         os.killpg(process.pid, signal.SIGINT)
@@ -136,18 +134,18 @@ def test_a_stopped_job_saves_and_goes_on_in_one_process(folder, undisturbed, how
     assert process.returncode == {"SIGINT to all": 130, "SIGTERM to the launcher": 143}.get(how, -9)
     assert "Traceback" not in printed
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+    while any(map(psutil.pid_exists, ranks)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not any(map(psutil.pid_exists, ranks))
     assert printed.count("; saved after step") == 1
     set_params(folder, SINGLE_PROCESS)
     code, printed = run(folder)
     assert code == 0, printed
-    assert "goes on after step" in printed
-    assert outcome(folder) == undisturbed
+    assert "resuming after step" in printed
+    assert outcome(folder) == expected
 
 
-def test_processes_that_cannot_share_a_step_are_refused(folder):
+def test_processes_that_cannot_share_a_step_equally_are_rejected(folder):
     set_params(folder, {"train": {"processes": 3}})
     ran = python("-m", "stages.train", cwd=folder)
     assert ran.returncode == 1
@@ -156,7 +154,7 @@ def test_processes_that_cannot_share_a_step_are_refused(folder):
 
 
 class Hosts:
-    """Two hosts: network namespaces with an address each, joined by a cable."""
+    """Two hosts: network namespaces with one address each, connected by a virtual cable."""
 
     def __init__(self) -> None:
         self.names = [f"minigpt-{os.getpid()}-{index}" for index in range(2)]
@@ -179,25 +177,22 @@ class Hosts:
     def ip(*words):
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
-    def cut(self):
+    def disconnect(self):
         self.ip("-n", self.names[1], "link", "set", "cable", "down")
 
-    def mend(self):
+    def reconnect(self):
         self.ip("-n", self.names[1], "link", "set", "cable", "up")
 
     def start(self, folders):
-        """torchrun on each host, in a folder of its own; they meet at the first."""
-        meet = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job")
-        where = ("--rdzv-endpoint", "10.77.0.1:29400")
+        """Start torchrun on each host, in a folder of its own; the first host runs the rendezvous."""
+        rendezvous = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "job")
+        endpoint = ("--rdzv-endpoint", "10.77.0.1:29400")
         return [
             start(
-                *("ip", "netns", "exec", name, "torchrun", *meet, *where, "--local-addr", f"10.77.0.{index + 1}"),
-                *(
-                    "--rdzv-conf",
-                    f"is_host={1 - index}",
-                    "-m",
-                    "stages.train",
-                ),  # no name server tells whose address it is
+                *("ip", "netns", "exec", name, "torchrun", *rendezvous, *endpoint),
+                *("--local-addr", f"10.77.0.{index + 1}"),
+                *("--rdzv-conf", f"is_host={1 - index}"),  # without a name server, torchrun cannot find out
+                *("-m", "stages.train"),
                 cwd=folder,
                 GLOO_SOCKET_IFNAME="cable",
                 MINIGPT_PEER_SECONDS="8",
@@ -206,7 +201,7 @@ class Hosts:
         ]
 
 
-def can_make_hosts():
+def can_create_hosts():
     if os.geteuid() or not shutil.which("ip"):
         return False
     name = f"minigpt-{os.getpid()}"
@@ -215,27 +210,27 @@ def can_make_hosts():
     return made.returncode == 0
 
 
-@pytest.mark.skipif(not can_make_hosts(), reason="network namespaces need Linux, iproute2 and root")
-def test_of_two_hosts_one_is_cut_off_and_killed(tmp_path, project_files, undisturbed):
+@pytest.mark.skipif(not can_create_hosts(), reason="network namespaces need Linux, iproute2 and root")
+def test_job_resumes_after_one_of_two_hosts_is_disconnected_and_killed(tmp_path, project_files, expected):
     folders = [prepared(tmp_path / name, project_files) for name in ("first", "second")]
     for folder in folders:
-        set_params(folder, SINGLE_PROCESS)  # how many processes there are is torchrun's to say
+        set_params(folder, SINGLE_PROCESS)  # torchrun decides on the number of processes
     with Hosts() as hosts:
         first, second = hosts.start(folders)
         assert wait_for(lambda: states(folders[0]), first), first.communicate()[0]
-        hosts.cut()
+        hosts.disconnect()
         os.killpg(second.pid, signal.SIGKILL)
         second.communicate(timeout=30)
         printed, _ = first.communicate(timeout=120)
         assert first.returncode == 1
         assert "minigpt: rank 0 of 2, on " in printed
         assert "another process has failed or cannot be reached" in printed
-        assert "it goes on from the last checkpoint" in printed
-        hosts.mend()
+        assert "run the same command to resume from the last checkpoint" in printed
+        hosts.reconnect()
         first, second = hosts.start(folders)
         printed, _ = first.communicate(timeout=300)
         second.communicate(timeout=60)
         assert first.returncode == second.returncode == 0, printed
-    assert "goes on after step" in printed
-    assert outcome(folders[0]) == undisturbed
+    assert "resuming after step" in printed
+    assert outcome(folders[0]) == expected
     assert not states(folders[1])

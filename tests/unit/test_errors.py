@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from minigpt.errors import Interrupted, UserError, run
+from minigpt.errors import Interrupted, PeerLostError, UserError, run
 
 
 @pytest.mark.parametrize(
@@ -15,21 +15,21 @@ from minigpt.errors import Interrupted, UserError, run
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, "cannot write a/b: No space left on device"),
     ],
 )
-def test_what_ends_a_program_on_purpose_is_a_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
+def test_expected_error_is_reported_in_one_line(monkeypatch, capsys, error, code, line):
     monkeypatch.delenv("DVC_STAGE", raising=False)
 
     def main():
         raise error
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         run(main)
     printed = capsys.readouterr().err
-    assert ended.value.code == code
+    assert exit_info.value.code == code
     assert line in printed
     assert printed.count("\n") == 1
 
 
-def test_under_dvc_a_mistake_says_how_to_get_the_last_outputs_back(monkeypatch, capsys):
+def test_user_error_under_dvc_explains_how_to_restore_the_outputs(monkeypatch, capsys):
     monkeypatch.setenv("DVC_STAGE", "train")
 
     def main():
@@ -40,9 +40,46 @@ def test_under_dvc_a_mistake_says_how_to_get_the_last_outputs_back(monkeypatch, 
     assert "dvc checkout dvc.yaml" in capsys.readouterr().err
 
 
-def test_a_fault_of_the_programs_own_keeps_its_traceback():
+def test_unexpected_error_keeps_its_traceback():
     def main():
         raise OSError(errno.EIO, "I/O error")
 
     with pytest.raises(OSError, match="I/O error"):
         run(main)
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (PeerLostError("connection closed"), 1, "run the same command to resume from the last checkpoint"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), 1, "cannot write a/b: Read-only file system"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_error_in_a_job_names_the_rank(monkeypatch, capsys, error, code, message):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run(main)
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == code
+    assert printed.startswith("minigpt: rank 1 of 2, on ")
+    assert message in printed
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGINT, "saved"), 130)])
+def test_only_rank_0_reports_an_interruption(monkeypatch, capsys, error, code):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run(main)
+    assert exit_info.value.code == code
+    assert not capsys.readouterr().err

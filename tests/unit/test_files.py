@@ -14,7 +14,7 @@ def content(folder):
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path):
+def test_directory_replaces_the_old_one_atomically(tmp_path):
     for text in ("old", "new"):
         with atomic_directory(tmp_path / "deep" / "out") as folder:
             (folder / f"{text}.txt").write_text(text)
@@ -23,7 +23,7 @@ def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path):
     assert os.listdir(tmp_path / "deep") == ["out"]
 
 
-def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path):
+def test_error_leaves_only_the_old_directory(tmp_path):
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a.txt").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out") as folder:
@@ -33,7 +33,7 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_kill_leaves_the_old_one_and_the_next_try_clears_up(tmp_path):
+def test_remains_of_a_killed_process_are_removed_by_the_next_write(tmp_path):
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a.txt").write_text("old")
     code = (
@@ -50,7 +50,7 @@ def test_a_kill_leaves_the_old_one_and_the_next_try_clears_up(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_csv_keeps_every_character(tmp_path):
+def test_csv_preserves_every_character(tmp_path):
     rows = [{"run": 'a "b",\n\u0915\u093f', "count": 1}, {"run": "", "count": 2}]
     write_csv(tmp_path / "table.csv", rows)
     with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:

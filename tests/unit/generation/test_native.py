@@ -24,9 +24,9 @@ def processor(request, monkeypatch):
     """What the decoder is compiled for; x86-64 has no vectors of 64 bytes."""
     if shutil.which("g++") is None or (request.param == "x86-64" and platform.machine() not in ("x86_64", "AMD64")):
         pytest.skip(f"needs g++ for {request.param}")
-    if request.param == "products of pairs" and "avx512_bf16" not in cpu.processor("flags").split():
+    if request.param == "products of pairs" and "avx512_bf16" not in cpu.cpu_info("flags").split():
         pytest.skip("this processor does not multiply pairs of bfloat16 numbers")
-    monkeypatch.setattr(compiler, "halves_bfloat16", lambda: request.param == "single products")
+    monkeypatch.setattr(compiler, "bfloat16_at_half_rate", lambda: request.param == "single products")
     if request.param == "x86-64":
         monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-march=x86-64"))
 

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -7,10 +9,16 @@ from helpers.workspace import ROOT, python
 
 from minigpt.runtime import cpu
 
-SETTLE = """
-import ctypes, json, os, resource
+SEVERAL_CORES = pytest.mark.skipif(
+    sys.platform != "linux" or len(cpu.available_cores()) < 2, reason="needs Linux and two cores"
+)
+BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+UNBOUND = {"OMP_WAIT_POLICY": "passive"}
+
+PRINT_PAGE_FAULTS = """
+import ctypes, os, resource
 from minigpt.runtime import cpu
-cpu.configure_cpu(spin=bool(os.environ.get("ALERT")))
+cpu.configure_cpu()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -22,85 +30,142 @@ touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     touch()
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(json.dumps([faults, {name: os.environ[name] for name in os.environ if name.startswith("OMP_")}]), flush=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+PRINT_OMP_SETTINGS = """
+import json, os, sys
+from minigpt.runtime import cpu
+cpu.configure_cpu(spin="spin" in sys.argv)
+names = {"OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY"} & set(os.environ)
+print(json.dumps({name: os.environ[name] for name in names}), flush=True)
+if "wait" in sys.argv:
+    input()
 """
 
 
-def settled(tmp_path, **variables):
-    ran = python("-c", SETTLE, cwd=ROOT, TMPDIR=str(tmp_path), **variables)
+def run_json(code, *arguments, **variables):
+    """Run a program and return the JSON value that it prints."""
+    ran = python("-c", code, *arguments, cwd=ROOT, **variables)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
-def test_threads_are_bound_unless_somebody_said_otherwise(tmp_path):
-    assert settled(tmp_path)[1] == {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    assert settled(tmp_path, MINIGPT_CPU="off")[1] == {}
-    assert settled(tmp_path, OMP_WAIT_POLICY="active")[1] == {"OMP_WAIT_POLICY": "active"}
+def omp_settings(folder, *arguments, **variables):
+    """Return the OpenMP settings of a new process that has its locks in ``folder``."""
+    return run_json(PRINT_OMP_SETTINGS, *arguments, TMPDIR=str(folder), **variables)
 
 
-def test_the_second_process_does_not_bind_its_threads(tmp_path):
-    first = (
-        "import os, subprocess, sys; from minigpt import process; cpu.place_threads();"
-        "bound = {name: os.environ.pop(name) for name in ('OMP_PROC_BIND', 'OMP_PLACES')};"
-        "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+@pytest.fixture
+def binding_process(tmp_path):
+    """Process that has bound its threads and waits."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINT_OMP_SETTINGS, "wait"],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    ran = python("-c", first, SETTLE, cwd=ROOT, TMPDIR=str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)[1] == {"OMP_WAIT_POLICY": "passive"}
+    assert json.loads(process.stdout.readline()) == BOUND
+    yield process
+    process.kill()
+    process.communicate()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or len(cpu.cores()) < 2, reason="there is nothing to be bound to")
+def test_threads_are_bound_unless_the_environment_overrides_it(tmp_path):
+    assert omp_settings(tmp_path) == BOUND
+    assert omp_settings(tmp_path, MINIGPT_CPU="off") == {}
+    assert omp_settings(tmp_path, OMP_WAIT_POLICY="active") == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_threads_of_generation_spin(tmp_path):
+    assert omp_settings(tmp_path, "spin") == BOUND | {"OMP_WAIT_POLICY": "active"}
+
+
+def test_second_process_leaves_its_threads_unbound_until_the_first_is_killed(tmp_path, binding_process):
+    assert omp_settings(tmp_path) == UNBOUND
+    binding_process.send_signal(signal.SIGKILL)
+    binding_process.wait()
+    assert omp_settings(tmp_path) == BOUND
+
+
+def test_process_that_cannot_take_the_locks_leaves_its_threads_unbound(tmp_path):
+    (tmp_path / f"minigpt-core-{cpu.available_cores()[-1]}-{os.getuid()}.lock").mkdir()
+    assert omp_settings(tmp_path) == UNBOUND
+
+
+def test_locks_are_taken_together_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    take = "import sys; from minigpt.runtime import cpu; print('true' if cpu.hold_locks(sys.argv[1:]) else 'false')"
+    assert cpu.hold_locks(["b"])
+    assert not run_json(take, "a", "b", TMPDIR=str(tmp_path))
+    assert not cpu.hold_locks(["a", "b"])
+    assert run_json(take, "a", TMPDIR=str(tmp_path))
+
+
+@SEVERAL_CORES
 def test_a_thread_that_torch_has_bound_is_unbound_for_a_gpu(tmp_path):
     code = (
-        "from minigpt import process; here = cpu.cores(); cpu.configure_cpu(); import torch; torch.ones(9).sum();"
-        "bound = cpu.cores(); cpu.unbind(); print([here, bound, cpu.cores()])"
+        "from minigpt.runtime import cpu; start = cpu.available_cores(); cpu.configure_cpu()\n"
+        "import torch; torch.ones(9).sum(); bound = cpu.available_cores()\n"
+        "cpu.unbind_threads(); print([start, bound, cpu.available_cores()])"
     )
-    ran = python("-c", code, cwd=ROOT, TMPDIR=str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    here, bound, unbound = json.loads(ran.stdout)
+    start, bound, unbound = run_json(code, TMPDIR=str(tmp_path))
     assert len(bound) == 1
-    assert unbound == here == cpu.cores()
+    assert unbound == start == cpu.available_cores()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux")
-def test_freed_memory_is_kept(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")
+def test_freed_memory_is_retained(tmp_path):
     pages = 10 * (1 << 26) // 4096
-    assert settled(tmp_path)[0] < pages / 100
-    assert settled(tmp_path, MINIGPT_CPU="off")[0] > pages / 600  # given back, in small pages or in huge ones
+    assert run_json(PRINT_PAGE_FAULTS, TMPDIR=str(tmp_path)) < pages / 100
+    returned = run_json(PRINT_PAGE_FAULTS, TMPDIR=str(tmp_path), MINIGPT_CPU="off")
+    assert returned > pages / 600  # with huge pages, one fault for 512 pages
 
 
-def test_threads_that_write_stay_awake(tmp_path):
-    assert settled(tmp_path, ALERT="yes")[1]["OMP_WAIT_POLICY"] == "active"
-    assert "OMP_WAIT_POLICY" not in settled(tmp_path)[1]
+def test_ancestors_are_listed_from_parent_to_first_process():
+    code = "import json; from minigpt.runtime import cpu; print(json.dumps(cpu.ancestors()))"
+    middle = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    (parent, name), (grandparent, _) = run_json(middle)[:2]
+    assert grandparent == os.getpid() != parent
+    assert "python" in name
+    assert [pid for pid, _ in cpu.ancestors()][:1] == [os.getppid()]
 
 
-WORKER = """
+QUEUE_WORKER = """
 import os, subprocess, sys
 input()
-child = "from minigpt import process; cpu.keep_to_share(); print(cpu.cores())"
+child = "from minigpt.runtime import cpu; cpu.limit_to_share(); print(cpu.available_cores())"
 subprocess.run([sys.executable, "-c", child], env=os.environ | {"DVC_STAGE": "train"}, check=True)
 input()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or len(cpu.cores()) < 2, reason="there is nothing to share out")
-def test_workers_of_a_queue_and_processes_of_a_job_share_the_cores_out():
-    def worker(name):
-        named = [sys.executable, "-u", "-c", WORKER, "exp", "queue-worker", f"{name}@localhost"]
+@SEVERAL_CORES
+def test_workers_of_a_queue_share_the_cores():
+    def start(name):
+        named = [sys.executable, "-u", "-c", QUEUE_WORKER, "exp", "queue-worker", f"{name}@localhost"]
         return subprocess.Popen(named, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    workers = [worker(name) for name in ("dvc-exp-a-1", "dvc-exp-a-2", "dvc-exp-b-1")]  # the last is of another queue
+    workers = [start(name) for name in ("dvc-exp-a-1", "dvc-exp-a-2", "dvc-exp-b-1")]  # two queues, a and b
     shares = []
-    for one in workers:
-        one.stdin.write("\n")
-        one.stdin.flush()
-        shares.append(json.loads(one.stdout.readline()))
-    for one in workers:
-        one.communicate("\n")
-    here = cpu.cores()
-    half = len(here) // 2
-    assert shares == [here[:half], here[half : 2 * half], here]
-    code = "from minigpt import process; cpu.keep_to_share(); print(cpu.cores())"
-    ran = python("-c", code, cwd=ROOT, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
-    assert json.loads(ran.stdout) == here[half : 2 * half]
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        shares.append(json.loads(worker.stdout.readline()))
+    for worker in workers:
+        worker.communicate("\n")
+    cores = cpu.available_cores()
+    half = len(cores) // 2
+    assert shares == [cores[:half], cores[half : 2 * half], cores]
+
+
+@SEVERAL_CORES
+def test_ranks_of_a_job_share_the_cores():
+    code = "from minigpt.runtime import cpu; cpu.limit_to_share(); print(cpu.available_cores())"
+    cores = cpu.available_cores()
+    half = len(cores) // 2
+    for rank in range(2):
+        share = run_json(code, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+        assert share == cores[rank * half : (rank + 1) * half]

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from minigpt.data import encode
 from minigpt.errors import UserError
 from minigpt.runtime import distributed
-from minigpt.runtime.device import choose_device, compute_dtype
 from minigpt.runtime.distributed import ProcessGroup
 
 JOB = """
@@ -28,45 +27,49 @@ from minigpt.evaluation.loss import score
 from minigpt.training.trainer import Trainer
 
 torch.set_num_threads(1)
-name, kept, stop = sys.argv[1:4]
+name, checkpoints, stop = sys.argv[1:4]
 train = {{"grad_accum": 4, "grad_clip": 0.05, "dtype": "float32"}} | json.loads(sys.argv[4])
-here = Path(__file__).parent
+folder = Path(__file__).parent
 
-class Stopping(Trainer):
+class StoppingTrainer(Trainer):
     def _step(self, step, wish=0):
-        if step == int(stop) and job.rank == job.world_size - 1:
+        if step == int(stop) and group.rank == group.world_size - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return super()._step(step, wish)
 
 params = params_with(model={{"init": "normal"}}, train=train)
-with distributed.join_process_group("cpu", 4, params.train.parallel) as job:
+with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
-    text = dataset.load(here)
-    trainer = Stopping(params, text, job, None, Checkpoints(here / kept, "f00d"))
-    exact = [score(trainer.model, text.val, stride, group=job) for stride in (None, 5)]
+    corpus = dataset.load(folder)
+    trainer = StoppingTrainer(params, corpus, group, None, Checkpoints(folder / checkpoints, "f00d"))
+    scores = [score(trainer.model, corpus.val, stride, group=group) for stride in (None, 5)]
     try:
-        outcome = trainer.run()
+        result = trainer.run()
     except Interrupted:
         sys.exit(0)
-    if job.is_main:
-        save_file(outcome.weights, here / f"{{name}}.safetensors")
-        facts = {{"history": outcome.history, "exact": [[s.nats, s.count, s.squares] for s in exact]}}
-        (here / f"{{name}}.json").write_text(json.dumps(facts | {{"resumed_at": trainer.facts["resumed_at"]}}))
+    if group.is_main:
+        save_file(result.weights, folder / f"{{name}}.safetensors")
+        record = {{
+            "history": result.history,
+            "scores": [[s.nats, s.count, s.squares] for s in scores],
+            "resumed_at": trainer.facts["resumed_at"],
+        }}
+        (folder / f"{{name}}.json").write_text(json.dumps(record))
 """
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """Trains in as many processes; gives weights and facts. Checkpoints are those of ``kept``, if it is named."""
+def train(tmp_path_factory):
+    """Function that trains with ``world_size`` processes and returns the weights and a record of the training."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
     encode.encode(folder / "a.txt", 0.1, folder)
     (folder / "job.py").write_text(JOB.format(root=str(ROOT)))
 
-    def train(name, world, kept="", stop=-1, **changes):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    def train(name, world_size, checkpoints="", stop=-1, **changes):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
         ran = subprocess.run(
-            [sys.executable, *launch, "job.py", name, kept or name, str(stop), json.dumps(changes)],
+            [sys.executable, *launch, "job.py", name, checkpoints or name, str(stop), json.dumps(changes)],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -81,52 +84,53 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(job):
-    return job("alone", 1)
+def single(train):
+    return train("single", 1)
 
 
-def assert_same(outcome, expected):
-    """To 1e-11 of each weight matrix's norm, and of each loss; to 1e-12 of an exact evaluation before the training."""
+def assert_same_training(result, expected):
+    """Compare weights and losses to 1e-11 (of a matrix's norm), and scores before the training to 1e-12."""
     for name, weight in expected[0].items():
-        assert (outcome[0][name] - weight).norm() <= 1e-11 * weight.norm(), name
-    for row, other in zip(outcome[1]["history"], expected[1]["history"], strict=True):
+        assert (result[0][name] - weight).norm() <= 1e-11 * weight.norm(), name
+    for row, other in zip(result[1]["history"], expected[1]["history"], strict=True):
         assert row == pytest.approx(other, rel=1e-11)
-    for (nats, count, squares), other in zip(outcome[1]["exact"], expected[1]["exact"], strict=True):
+    for (nats, count, squares), other in zip(result[1]["scores"], expected[1]["scores"], strict=True):
         assert count == other[1]
         assert nats == pytest.approx(other[0], rel=1e-12)
         assert squares == pytest.approx(other[2], rel=1e-6)
 
 
-def test_two_processes_train_what_one_does_bitwise(job):
-    (one, _), (two, _) = (job(f"bitwise-{world}", world, grad_accum=2) for world in (1, 2))
+def test_two_processes_train_bitwise_the_same_weights_as_one(train):
+    (one, _), (two, _) = (train(f"bitwise-{world_size}", world_size, grad_accum=2) for world_size in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_number_of_processes_changes_nothing(job, alone, parallel, world):
-    outcome = job(f"{parallel}-{world}", world, parallel=parallel, activation_checkpointing=parallel == "fsdp")
-    assert_same(outcome, alone)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_world_size_does_not_change_the_result(train, single, parallel, world_size):
+    checkpointing = parallel == "fsdp"
+    result = train(f"{parallel}-{world_size}", world_size, parallel=parallel, activation_checkpointing=checkpointing)
+    assert_same_training(result, single)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_state_goes_on_in_another_number_of_processes(job, alone, parallel):
-    for worlds in ((2, 1), (1, 2)):
-        name = f"{parallel}-{worlds}"
-        job(name, worlds[0], kept=name, stop=6, parallel=parallel)
-        outcome = job(name, worlds[1], kept=name, parallel=parallel)
-        assert outcome[1]["resumed_at"] == [7 if worlds[0] == 1 else 8]
-        assert_same(outcome, alone)
+@pytest.mark.parametrize("world_sizes, step", [((2, 1), 8), ((1, 2), 7)])
+def test_training_resumes_with_another_world_size(train, single, parallel, world_sizes, step):
+    before, after = world_sizes
+    name = f"{parallel}-{before}-{after}"
+    train(name, before, checkpoints=name, stop=6, parallel=parallel)
+    result = train(name, after, checkpoints=name, parallel=parallel)
+    assert result[1]["resumed_at"] == [step]
+    assert_same_training(result, single)
 
 
-def test_processes_share_the_micro_batches_of_a_step():
-    cpu = torch.device("cpu")
-    shares = [list(ProcessGroup(rank, 3, cpu).micro_batches(6)) for rank in range(3)]
+def test_ranks_share_the_micro_batches_of_a_step_equally():
+    shares = [list(ProcessGroup(rank, 3, torch.device("cpu")).micro_batches(6)) for rank in range(3)]
     assert sorted(itertools.chain(*shares)) == list(range(6))
     assert {len(share) for share in shares} == {2}
 
 
-def test_unequal_shares_are_refused(monkeypatch):
+def test_micro_batches_that_cannot_be_shared_equally_are_rejected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with (
         pytest.raises(UserError, match=r"train\.grad_accum: 4 .* 3 processes"),
@@ -135,38 +139,10 @@ def test_unequal_shares_are_refused(monkeypatch):
         pass
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_cuda_asked_for_and_absent_says_so():
-    with pytest.raises(UserError, match=r"train\.device: cuda is asked for, but 0 CUDA devices are here"):
-        choose_device("cuda")
-    assert choose_device("auto").type == "cpu"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_is_taken_when_there_is_one():
-    assert choose_device("auto") == torch.device("cuda", 0)
-    with pytest.raises(UserError, match="CUDA devices are here"):
-        choose_device("cuda:99")
-
-
-def test_dtypes():
-    cpu = torch.device("cpu")
-    assert compute_dtype("float32", cpu) is None
-    assert compute_dtype("bfloat16", cpu) == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "maker, amx, pairs, expected",
-    [
-        ("AuthenticAMD", False, True, torch.bfloat16),
-        ("AuthenticAMD", False, False, None),
-        ("GenuineIntel", False, True, None),
-        ("GenuineIntel", True, True, torch.bfloat16),
-    ],
-)
-def test_on_a_cpu_bfloat16_is_taken_where_it_is_the_faster(monkeypatch, maker, amx, pairs, expected):
-    said = {"vendor_id": maker, "flags": "avx512f avx512_bf16" if pairs else "avx512f"}
-    monkeypatch.setattr(distributed, "processor", lambda *fields: said[fields[0]])
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs)
-    assert compute_dtype("auto", torch.device("cpu")) == expected
+def test_single_device_for_several_processes_is_rejected(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UserError, match=r"train\.device: cuda:0 is a single device, but there are 2 processes"),
+        distributed.join_process_group("cuda:0", 4),
+    ):
+        pass
