@@ -41,7 +41,7 @@ class Stopping(Trainer):
 params = params_with(model={{"init": "normal"}}, train=train)
 with distributed.join_process_group("cpu", 4, params.train.parallel) as job:
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
-    text = dataset.load(here)
+    text = dataset.load_corpus(here)
     trainer = Stopping(params, text, job, None, Checkpoints(here / kept, "f00d"))
     exact = [score(trainer.model, text.val, stride, group=job) for stride in (None, 5)]
     try:
@@ -60,7 +60,7 @@ def job(tmp_path_factory):
     """Trains in as many processes; gives weights and facts. Checkpoints are those of ``kept``, if it is named."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    encode.encode(folder / "a.txt", 0.1, folder)
+    encode.encode_corpus(folder / "a.txt", 0.1, folder)
     (folder / "job.py").write_text(JOB.format(root=str(ROOT)))
 
     def train(name, world, kept="", stop=-1, **changes):
