@@ -1,7 +1,7 @@
-"""An encoded corpus as batches for training and windows for evaluation.
+"""Batches for training and evaluation from an encoded corpus.
 
 1. :func:`load_corpus` opens the files of the prepare stage and checks their sizes and, if they are small, their digest.
-2. A split that fits is memory-mapped (CPU) or copied to the device (GPU). A larger one is read from its file.
+2. A split that fits in memory is memory-mapped (CPU) or copied to the GPU. A larger one is read from its file.
 3. :meth:`Split.batch` cuts a split into windows that do not overlap, once per epoch, from a random offset, and reads
    them in random order. Both depend only on the seed and the epoch, so a resumed training needs no saved state.
 4. If the split is read from its file, a thread prefetches the next batch during the training step.
@@ -49,10 +49,10 @@ def splitmix64(words: UInt64Array) -> UInt64Array:
 
 
 def permute(positions: UInt64Array, n: int, keys: UInt64Array) -> UInt64Array:
-    """Map each of ``positions``, in [0, n), with the permutation of range(n) that its key selects.
+    """Apply to each position in [0, n) the permutation of range(n) that its key selects.
 
-    A Feistel network permutes the numbers below 4^k, the next such number that is at least n. Results outside [0, n)
-    are mapped again until they are inside (Black and Rogaway 2002). This needs no table, even for a large n.
+    A Feistel network permutes range(4^k), where 4^k is the smallest power of 4 that is at least n. Results outside
+    [0, n) are mapped again until they are inside (Black and Rogaway 2002). So no n needs a table in memory.
     """
     half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -92,13 +92,9 @@ class Split:
         device: the device of the batches. Default: that of ``tokens``.
     """
 
-    def __init__(
-        self, tokens: torch.Tensor, file: Path | None = None, device: torch.device | str | None = None
-    ) -> None:
-        import torch
-
+    def __init__(self, tokens: torch.Tensor, file: Path | None = None, device: torch.device | None = None) -> None:
         self.tokens = tokens
-        self.device = torch.device(device) if device is not None else tokens.device
+        self.device = device or tokens.device
         # Windows has no preadv. It does not let a mapped file disappear either.
         self._file = file.open("rb", buffering=0) if file and hasattr(os, "preadv") else None
         self._header = file.stat().st_size - tokens.nbytes if file else 0
@@ -113,8 +109,8 @@ class Split:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return windows ``first`` to ``first + batch_size - 1`` of an endless stream of training windows.
 
-        The stream depends only on ``seed`` and ``block_size``. It reads the windows of an epoch once each, in random
-        order. Windows at independent random positions would repeat some characters and miss others.
+        The stream depends only on the split, ``seed`` and ``block_size``. An epoch reads each of its windows once, in
+        random order. Windows at independent random positions would repeat some characters and miss others.
 
         Args:
             seed: the seed of the training.

@@ -3,10 +3,9 @@
 1. Cut the text into pieces that can be read independently (:mod:`minigpt.data.text`).
 2. Scan: collect the distinct code points of each piece and count its characters. This gives the vocabulary and the
    position of each piece in the token files.
-3. Write: encode each piece at its position. The last characters of the text are the validation split.
-4. Hash the token files and the vocabulary, to detect damage and to name the data of a run.
-
-The written bytes do not depend on the number of processes.
+3. Write: encode each piece at its position, so the files do not depend on the number of processes. The last characters
+   of the text are the validation split.
+4. Hash the token files and the vocabulary, to detect damage and to identify the data of a run.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def encode_corpus(
 def _scan_pieces(
     pieces: list[list[Span]], normalize: str, run: Map, advance: Callable[[list[Span]], object]
 ) -> tuple[NDArray[np.bool_], list[int]]:
-    """Mark the code points of the text, shape (CODE_POINTS,), and count the characters of each piece."""
+    """Return a mask of the code points in the text, shape (CODE_POINTS,), and the number of characters per piece."""
     seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
     for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
         seen[points] = True
@@ -118,7 +117,7 @@ def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:
 
 
 def _write(folder: Path, source: Path, piece: list[Span], start: int, count: int) -> None:
-    """Write the ids of a piece: ``count`` characters, the first of them character ``start`` of the text.
+    """Write the ids of a piece with ``count`` characters that starts at character ``start`` of the text.
 
     Raises:
         UserError: the piece no longer has ``count`` characters.
