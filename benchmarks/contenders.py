@@ -83,8 +83,8 @@ def prepared(options: Options) -> Corpus:
     from minigpt.data import dataset, encode
 
     with tempfile.TemporaryDirectory() as folder:
-        encode.encode(options.text, 0.1, Path(folder))
-        return dataset.load(Path(folder), options.device)
+        encode.encode_corpus(options.text, 0.1, Path(folder))
+        return dataset.load_corpus(Path(folder), options.device)
 
 
 def peer(who: str, vocab_size: int, size: dict[str, int], device: str) -> Peer:
@@ -429,7 +429,7 @@ def encoding(options: Options, way: str) -> Measured:
         subprocess.run([sys.executable, "-m", "benchmarks.texts", *arguments], check=True, cwd=ROOT)
         since = time.perf_counter()
         if way == "minigpt":
-            encode.encode(text, 0.1, folder)
+            encode.encode_corpus(text, 0.1, folder)
         else:
             texts.encode_by_dictionary(text, folder)
         seconds = time.perf_counter() - since

@@ -97,7 +97,7 @@ def main() -> None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt = prompt or "\n"
     cpu.configure_cpu(spin=True)
-    from minigpt.data.tokenizer import describe
+    from minigpt.data.tokenizer import describe_character
     from minigpt.generation.generator import Generator
     from minigpt.generation.sampling import SamplingParams
     from minigpt.runtime import device
@@ -111,7 +111,7 @@ def main() -> None:
     if wanted.skip_unknown:
         prompt, unknown = tokenizer.without_unknown(prompt)
         if unknown:
-            print(f"minigpt: left out of the prompt: {', '.join(map(describe, unknown))}", file=sys.stderr)
+            print(f"minigpt: left out of the prompt: {', '.join(map(describe_character, unknown))}", file=sys.stderr)
     try:
         tokenizer.encode(prompt, "the prompt")
     except errors.UserError as error:

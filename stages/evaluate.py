@@ -38,7 +38,7 @@ def main() -> None:
     device = choose_device(settings.train.device)
     model, tokenizer = export.load_model(MODEL, device)
     model.compute_dtype = compute_dtype(settings.train.dtype, device)
-    text = dataset.load(PREPARED, device)
+    text = dataset.load_corpus(PREPARED, device)
     if text.tokenizer.characters != tokenizer.characters:
         raise errors.UserError(f"{MODEL}: trained on another vocabulary than that of {PREPARED}; `dvc repro train`")
 

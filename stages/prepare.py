@@ -17,7 +17,7 @@ def main() -> None:
     """Run the stage."""
     data = params.load().data
     with atomic_directory(PREPARED) as folder:
-        tokenizer, n_train, n_val = encode.encode(Path(data.source), data.val_fraction, folder, data.normalize)
+        tokenizer, n_train, n_val = encode.encode_corpus(Path(data.source), data.val_fraction, folder, data.normalize)
     print(
         f"minigpt: {data.source}: {n_train:,} characters to train on, {n_val:,} to validate, "
         f"{tokenizer.vocab_size} different ones"

@@ -37,7 +37,7 @@ def main() -> None:
         for number, text in enumerate(texts, 1):
             sections.append(f"===== prompt {prompt!r}, sample {number} =====\n{text}\n")
             pairs.append((prompt, text))
-    rows, metrics = memorization.compare(pairs, dataset.load(PREPARED))
+    rows, metrics = memorization.compare(pairs, dataset.load_corpus(PREPARED))
 
     written = RESULTS / "sample" / "samples.txt"
     with atomic_directory(written.parent) as folder:

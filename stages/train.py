@@ -35,7 +35,7 @@ def main() -> None:
     from minigpt.training.trainer import Trainer
 
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as job:
-        text = dataset.load(PREPARED, job.device)
+        text = dataset.load_corpus(PREPARED, job.device)
         dataset.check_context(text, settings.model.block_size)
         checkpoints = checkpoint.Checkpoints(workspace(), checkpoint.fingerprint(settings, text.digest))
         with checkpoints.locked() if job.is_main else nullcontext():

@@ -1,5 +1,5 @@
-"""Text files to batches of token ids.
+"""Data pipeline from text files to batches of token ids.
 
-Reading and encoding need no torch; only `dataset` imports it.
+Only `dataset` imports torch: reading and encoding a text do not need it.
 May import: runtime, params, errors, files.
 """

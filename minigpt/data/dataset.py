@@ -1,15 +1,24 @@
-"""Tokens: a text encoded to disk in two passes, by all cores, and read back in batches or as an exact sweep."""
+"""Batches for training and evaluation from an encoded corpus.
+
+1. :func:`load_corpus` opens the files of the prepare stage and checks their sizes and, if they are small, their digest.
+2. A split that fits in memory is memory-mapped (CPU) or copied to the GPU. A larger one is read from its file.
+3. :meth:`Split.batch` cuts a split into windows that do not overlap, once per epoch, from a random offset, and reads
+   them in random order. Both depend only on the seed and the epoch, so a resumed training needs no saved state.
+4. If the split is read from its file, a thread prefetches the next batch during the training step.
+5. :meth:`Split.eval_batches` yields windows in order. They may overlap, but they score every target exactly once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +28,19 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     import torch
 
-Result = TypeVar("Result")
-
-IN_MEMORY = 1 << 28
-"""Bytes up to which a split is taken to stay in memory once it was read."""
+MAX_IN_MEMORY_BYTES = 1 << 28
+"""Largest split in bytes that is expected to stay in the system's page cache once it has been read."""
 
 EVAL_BATCH_CHARS = {"cpu": 1 << 13, "cuda": 1 << 16}
-"""Characters of a batch of an exact sweep, by device."""
+"""Characters per evaluation batch, by device type."""
 
-Words = np.ndarray[Any, np.dtype[np.uint64]]
+UInt64Array = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-def splitmix64(words: Words) -> Words:
-    """A hash of 64-bit words: the output function of SplitMix64 (Steele et al. 2014)."""
+def splitmix64(words: UInt64Array) -> UInt64Array:
+    """Hash 64-bit words with the output function of SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         words = words + np.uint64(0x9E3779B97F4A7C15)
         words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -43,16 +48,16 @@ def splitmix64(words: Words) -> Words:
     return words ^ words >> np.uint64(31)
 
 
-def shuffled(places: Words, n: int, keys: Words) -> Words:
-    """Where each of ``places``, in [0, n), goes in the permutation of range(n) that its key chooses.
+def permute(positions: UInt64Array, n: int, keys: UInt64Array) -> UInt64Array:
+    """Apply to each position in [0, n) the permutation of range(n) that its key selects.
 
-    A Feistel network over the next larger domain of 4^k numbers; what leaves [0, n) goes through it again until it is
-    back (Black and Rogaway 2002). So a permutation of any length takes no memory.
+    A Feistel network permutes range(4^k), where 4^k is the smallest power of 4 that is at least n. Results outside
+    [0, n) are mapped again until they are inside (Black and Rogaway 2002). So no n needs a table in memory.
     """
     half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
     low = (np.uint64(1) << half) - np.uint64(1)
-    result = places.copy()
-    outside = np.ones(len(places), dtype=np.bool_)
+    result = positions.copy()
+    outside = np.ones(len(positions), dtype=np.bool_)
     while outside.any():
         left, right = result[outside] >> half, result[outside] & low
         for number in range(6):
@@ -64,12 +69,12 @@ def shuffled(places: Words, n: int, keys: Words) -> Words:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Part of an exact sweep: windows of one length, as a batch.
+    """Batch of evaluation windows of one length.
 
     Attributes:
-        ids: what the model reads, shape (B, T).
-        targets: the character after each, shape (B, T).
-        skip: how many leading targets of each window an earlier window has scored already.
+        ids: inputs of the model, int64, shape (B, T).
+        targets: the next character after each input, int64, shape (B, T).
+        already_scored: number of leading targets of each window that belong to the window before it.
     """
 
     ids: torch.Tensor
@@ -78,25 +83,23 @@ class EvalBatch:
 
 
 class Split:
-    """The tokens of one split.
+    """Tokens of one split.
 
     Args:
         tokens: integer ids, shape (n,), on any device; on a CPU usually a memory map.
-        file: where they stand on the disk, if batches shall be read from there, and not through the map: so a file
-            that has gone is an error and does not end the process, and no page of it counts as the process's memory.
-        device: where batches go, from a file; else to the device of the tokens.
+        file: the .npy file of the tokens, to read windows from it instead of the memory map. Then a file that
+            disappears raises an error, where a map would kill the process, and its pages do not count as its memory.
+        device: the device of the batches. Default: that of ``tokens``.
     """
 
-    def __init__(
-        self, tokens: torch.Tensor, file: Path | None = None, device: torch.device | str | None = None
-    ) -> None:
-        import torch
-
+    def __init__(self, tokens: torch.Tensor, file: Path | None = None, device: torch.device | None = None) -> None:
         self.tokens = tokens
-        self.device = torch.device(device) if device is not None else tokens.device
-        self._file = file.open("rb", buffering=0) if file else None
+        self.device = device or tokens.device
+        # Windows has no preadv. It does not let a mapped file disappear either.
+        self._file = file.open("rb", buffering=0) if file and hasattr(os, "preadv") else None
         self._header = file.stat().st_size - tokens.nbytes if file else 0
-        self._ahead: tuple[tuple[int, ...], Future[torch.Tensor]] | None = None
+        self._reader = ThreadPoolExecutor(1)  # its thread starts with the first prefetch and ends with the split
+        self._prefetched: tuple[tuple[int, ...], Future[torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -104,89 +107,89 @@ class Split:
     def batch(
         self, seed: int, first: int, batch_size: int, block_size: int, prefetch_stride: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows ``first`` to ``first + batch_size - 1`` of an endless stream that the arguments alone decide.
+        """Return windows ``first`` to ``first + batch_size - 1`` of an endless stream of training windows.
 
-        The stream runs through the split in epochs. In each, the split is cut into windows that do not overlap, from
-        an offset of its own, and they come in an order of their own: all are read equally often, which leaves less
-        to learn twice, and more once, than windows at random places.
+        The stream depends only on the split, ``seed`` and ``block_size``. An epoch reads each of its windows once, in
+        random order. Windows at independent random positions would repeat some characters and miss others.
 
         Args:
-            seed: of the training.
-            first: windows that the training has read before.
-            batch_size: windows B.
-            block_size: characters T of a window.
-            prefetch_stride: how many windows after this batch's first the next begins; 0: not known. From a file
-                it is read in a thread of its own while this one is computed with. It changes no batch.
+            seed: the seed of the training.
+            first: number of windows of the stream before this batch.
+            batch_size: number of windows B.
+            block_size: characters T per window.
+            prefetch_stride: the next batch is expected at ``first + prefetch_stride`` and read concurrently; 0: none.
+                Only used if the split has a file. It never changes a batch.
 
         Returns:
-            ids and targets of type int64, both of shape (B, T), on ``device``.
+            ids and targets, int64, both of shape (B, T), on ``device``.
 
         Raises:
-            UserError: the file has become shorter.
-            OSError: it cannot be read.
+            UserError: the file became shorter.
+            OSError: the file cannot be read.
         """
+        request = (seed, first, batch_size, block_size)
         if not self._file:
-            windows = self._gather(self._begins(seed, first, batch_size, block_size), block_size + 1)
-            return windows[:, :-1], windows[:, 1:]
-        asked = (seed, first, batch_size, block_size)
-        known, reading = self._ahead or ((), None)
-        windows = reading.result() if reading and known == asked else self._read_batch(*asked)
-        following = (seed, first + prefetch_stride, batch_size, block_size)
-        self._ahead = (following, in_thread(self._read_batch, *following)) if prefetch_stride else None
-        windows = self._sent(windows)
+            windows = self._gather(self._starts(*request), block_size + 1)
+        else:
+            prefetched, future = self._prefetched or ((), None)
+            read = future.result() if future and prefetched == request else self._read_batch(self._file, *request)
+            self._prefetched = None
+            if prefetch_stride:
+                following = (seed, first + prefetch_stride, batch_size, block_size)
+                self._prefetched = following, self._reader.submit(self._read_batch, self._file, *following)
+            windows = self._to_device(read)
         return windows[:, :-1], windows[:, 1:]
 
-    def _read_batch(self, seed: int, first: int, batch_size: int, block_size: int) -> torch.Tensor:
-        return self._read(self._begins(seed, first, batch_size, block_size), block_size + 1)
-
-    def _begins(self, seed: int, first: int, batch_size: int, block_size: int) -> NDArray[np.int64]:
+    def _starts(self, seed: int, first: int, batch_size: int, block_size: int) -> NDArray[np.int64]:
+        """Return the position of the first character of each window of a batch."""
         per_epoch = max(1, (len(self) - block_size) // block_size)
-        epochs, places = np.divmod(np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(per_epoch))
+        epochs, indices = np.divmod(np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(per_epoch))
         keys = splitmix64(splitmix64(epochs) ^ np.uint64(seed))
         offsets = splitmix64(keys) % np.uint64(len(self) - per_epoch * block_size)
-        begins = offsets + shuffled(places, per_epoch, keys) * np.uint64(block_size)
-        return begins.astype(np.int64)
+        starts = offsets + permute(indices, per_epoch, keys) * np.uint64(block_size)
+        return starts.astype(np.int64)
 
-    def _gather(self, begins: NDArray[np.int64], length: int) -> torch.Tensor:
-        """Windows of ``length`` characters from ``begins``: int64, shape (len(begins), length), on the device."""
+    def _gather(self, starts: NDArray[np.int64], length: int) -> torch.Tensor:
+        """Return windows of ``length`` characters: int64, shape (len(starts), length), on the device."""
         import torch
 
         if self._file:
-            return self._sent(self._read(begins, length))
-        starts = torch.from_numpy(begins)
+            return self._to_device(self._read(self._file, starts, length))
+        indices = torch.from_numpy(starts)
         if self.tokens.is_cuda:
-            starts = starts.pin_memory().to(self.tokens.device, non_blocking=True)
-        return self.tokens.unfold(0, length, 1)[starts].long()
+            indices = indices.pin_memory().to(self.tokens.device, non_blocking=True)
+        return self._to_device(self.tokens.unfold(0, length, 1)[indices])
 
-    def _read(self, begins: NDArray[np.int64], length: int) -> torch.Tensor:
-        """The same from the file, as it stands there, on the CPU."""
+    def _read_batch(self, file: FileIO, seed: int, first: int, batch_size: int, block_size: int) -> torch.Tensor:
+        return self._read(file, self._starts(seed, first, batch_size, block_size), block_size + 1)
+
+    def _read(self, file: FileIO, starts: NDArray[np.int64], length: int) -> torch.Tensor:
+        """Read windows from the file: shape (len(starts), length), in the tokens' dtype, on the CPU."""
         import torch
 
-        if not self._file:
-            raise ValueError("the split has no file")
-        windows = torch.empty(len(begins), length, dtype=self.tokens.dtype, pin_memory=self.device.type == "cuda")
+        windows = torch.empty(len(starts), length, dtype=self.tokens.dtype, pin_memory=self.device.type == "cuda")
         size = self.tokens.element_size()
-        for row, begin in zip(windows.numpy(), begins.tolist(), strict=True):
-            if os.preadv(self._file.fileno(), [row], self._header + begin * size) != length * size:
-                raise UserError(f"{self._file.name}: has become shorter; `dvc repro --force prepare` makes it anew")
+        for row, start in zip(windows.numpy(), starts.tolist(), strict=True):
+            if os.preadv(file.fileno(), [row], self._header + start * size) != length * size:
+                raise UserError(f"{file.name}: became shorter; create it again with `dvc repro --force prepare`")
         return windows
 
-    def _sent(self, windows: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, windows: torch.Tensor) -> torch.Tensor:
         return windows.to(self.device, non_blocking=True).long()
 
     def eval_batches(
-        self, block_size: int, stride: int, max_chars: int | None = None, share: tuple[int, int] = (0, 1)
+        self, block_size: int, stride: int, max_chars: int | None = None, shard: tuple[int, int] = (0, 1)
     ) -> Iterator[EvalBatch]:
-        """Windows that score every target of the split once, each with the most context that the stride allows.
+        """Yield windows that score each of the n - 1 targets of a split of n characters once.
 
-        Windows start every ``stride`` characters; in all but the first, only targets that no earlier window
-        scored count. The n - 1 targets of a split of n characters are all covered.
+        A window starts every ``stride`` characters. Only the targets that no earlier window covers are scored, so each
+        has the longest context that the stride allows.
 
         Args:
-            block_size: characters T of a window.
-            stride: characters from one window's start to the next, at most T.
-            max_chars: score about this many targets, in windows spread evenly, where the split has more.
-            share: (i, n): every n-th window from the i-th, for n processes.
+            block_size: characters T per window.
+            stride: characters between the starts of two windows, at most T.
+            max_chars: score only about this number of targets, in evenly spaced windows.
+            shard: (i, n) yields every n-th window, starting with window i, for n processes.
         """
         targets = len(self) - 1
         count = 1 + max(0, -(-(targets - block_size) // stride))
@@ -194,41 +197,26 @@ class Split:
         if max_chars is not None and targets > max_chars:
             wanted = max(1, max_chars // (block_size if stride == block_size else stride))
             chosen = np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
-        chosen = chosen[share[0] :: share[1]]
-        batch = max(1, EVAL_BATCH_CHARS[self.device.type] // block_size)
+        chosen = chosen[shard[0] :: shard[1]]
+        size = max(1, EVAL_BATCH_CHARS[self.device.type] // block_size)
+        # The first window scores all its targets, and the last one may be shorter: each is a batch of its own.
         first = int(len(chosen) > 0 and chosen[0] == 0)
         full = len(chosen) - int(len(chosen) > first and chosen[-1] * stride + block_size > targets)
-        for begin, end in pairwise([0, first, *range(first + batch, full, batch), full, len(chosen)]):
+        for begin, end in pairwise([0, first, *range(first + size, full, size), full, len(chosen)]):
             if begin < end:
-                begins = np.asarray(chosen[begin:end], dtype=np.int64) * stride
-                windows = self._gather(begins, min(block_size, targets - int(begins[-1])) + 1)
-                yield EvalBatch(windows[:, :-1], windows[:, 1:], 0 if begins[0] == 0 else block_size - stride)
-
-
-def in_thread(function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-    """Call a function in a thread that ends with it."""
-    from concurrent.futures import Future
-
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
+                starts = np.asarray(chosen[begin:end], dtype=np.int64) * stride
+                windows = self._gather(starts, min(block_size, targets - int(starts[-1])) + 1)
+                yield EvalBatch(windows[:, :-1], windows[:, 1:], 0 if starts[0] == 0 else block_size - stride)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the stage prepare wrote.
+    """Corpus written by the prepare stage.
 
     Attributes:
         train, val: the splits.
         tokenizer: their vocabulary.
-        digest: of both splits and the vocabulary, in hexadecimal; see :func:`digest`.
+        digest: the hash of both splits and the vocabulary, from :func:`minigpt.data.encode.digest`.
     """
 
     train: Split
@@ -237,12 +225,10 @@ class Corpus:
     digest: str
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> Corpus:
-    """Open the prepared corpus, which takes no longer for a large one.
+def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
+    """Open a corpus written by :func:`minigpt.data.encode.encode_corpus`. A large one opens as fast as a small one.
 
-    A split of more than IN_MEMORY bytes is read from its file, batch by batch; so is, for a GPU, one of more than a
-    quarter of the GPU's free memory. Others are memory-mapped for a CPU, and copied to another device. Whether a file
-    is whole is seen from its size, and of up to IN_MEMORY bytes in all from the digest, too.
+    The size of each file is checked, and the digest if the files have at most MAX_IN_MEMORY_BYTES together.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -251,30 +237,36 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Corpus:
 
     device = torch.device(device)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    again, splits = "`dvc repro --force prepare` makes it anew", []
-    name = "digest.json"
+    path, splits = folder / "digest.json", []
     try:
-        described = json.loads((folder / name).read_text(encoding="utf-8"))
-        recorded, sizes = described["sha256"], {name: int(described["bytes"][name]) for name in SPLITS}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        recorded, sizes = content["sha256"], {name: int(content["bytes"][name]) for name in SPLITS}
         for name, size in sizes.items():
-            tokens = np.load(folder / name, mmap_mode="c")
-            if (found := (folder / name).stat().st_size) != size:
-                raise ValueError(f"{found} bytes, of which {size} were written")
-            most = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else IN_MEMORY
-            on_disk = torch.from_numpy(tokens)
-            splits.append(Split(on_disk, folder / name, device) if tokens.nbytes > most else Split(on_disk.to(device)))
-        name = "digest.json"
-        if sum(sizes.values()) <= IN_MEMORY and digest(folder, tokenizer, sizes) != recorded:
-            raise ValueError("it is not the digest of what lies beside it")
+            path = folder / name
+            splits.append(_open_split(path, size, device))
+        path = folder / "digest.json"
+        if sum(sizes.values()) <= MAX_IN_MEMORY_BYTES and digest(folder, tokenizer, sizes) != recorded:
+            raise ValueError("not the digest of the files in this folder")
     except FileNotFoundError:
-        raise UserError(f"{folder / name}: no such file; `dvc repro prepare` makes it") from None
+        raise UserError(f"{path}: no such file; create it with `dvc repro prepare`") from None
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise UserError(f"{folder / name}: damaged: {error}; {again}") from None
+        raise UserError(f"{path}: damaged: {error}; create it again with `dvc repro --force prepare`") from None
     return Corpus(splits[0], splits[1], tokenizer, recorded)
 
 
+def _open_split(path: Path, size: int, device: torch.device) -> Split:
+    """Open a token file of ``size`` bytes. On a GPU, a split may take a quarter of the free memory."""
+    import torch
+
+    tokens = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch warns about read-only arrays
+    if (found := path.stat().st_size) != size:
+        raise ValueError(f"{found} bytes, but {size} were written")
+    limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else MAX_IN_MEMORY_BYTES
+    return Split(tokens, path, device) if tokens.nbytes > limit else Split(tokens.to(device))
+
+
 def check_context(corpus: Corpus, block_size: int) -> None:
-    """Raise a UserError where the training split has no full window of ``block_size`` characters and a target."""
+    """Raise a UserError if the training split is shorter than one window of ``block_size`` characters and a target."""
     if len(corpus.train) <= block_size:
         raise UserError(
             f"the training split has {len(corpus.train)} characters, "

@@ -1,4 +1,12 @@
-"""TODO."""
+"""A text encoded to token files on disk, by all cores and in bounded memory.
+
+1. Cut the text into pieces that can be read independently (:mod:`minigpt.data.text`).
+2. Scan: collect the distinct code points of each piece and count its characters. This gives the vocabulary and the
+   position of each piece in the token files.
+3. Write: encode each piece at its position, so the files do not depend on the number of processes. The last characters
+   of the text are the validation split.
+4. Hash the token files and the vocabulary, to detect damage and to identify the data of a run.
+"""
 
 from __future__ import annotations
 
@@ -11,151 +19,152 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt.data.text import CHUNK, Span, _changed, pieces, read, text_files
+from minigpt.data.text import CHUNK_BYTES, Span, changed_error, find_text_files, read_piece, split_into_pieces
 from minigpt.data.tokenizer import CODE_POINTS, Tokenizer
 from minigpt.errors import UserError
 from minigpt.files import write_json
 from minigpt.runtime.cpu import available_cores
 
-if TYPE_CHECKING:
-    pass
+MIN_PARALLEL_BYTES = 1 << 27
+"""Size of a text in bytes from which several processes encode it. Below, starting them costs more than they save."""
 
-PARALLEL = 1 << 27
-"""Bytes from which on a text is worth the start of further processes."""
-
-BLOCK = 1 << 24
-"""Bytes of a file that are hashed at a time, each on their own."""
+HASH_BLOCK_BYTES = 1 << 24
+"""Bytes of a token file that one task hashes. The digest depends on this number."""
 
 SPLITS = ("train.npy", "val.npy")
 
+Map = Callable[..., Iterable[Any]]
+"""The built-in ``map``, or one with the same signature that runs in several processes."""
 
-def encode(
+
+def encode_corpus(
     source: Path, val_fraction: float, folder: Path, normalize: str = "none", workers: int | None = None
 ) -> tuple[Tokenizer, int, int]:
-    """Encode a text to ``folder``: train.npy, val.npy, tokenizer.json and digest.json.
-
-    The text is cut into pieces. In a first pass each gives its characters and their number, and so the vocabulary and
-    the place of its ids; in a second it writes them there. What is written does not depend on the number of processes,
-    and memory does not grow with the text. Validation is the text's end. The text is put in the normal form
-    ``normalize``, NFC or none.
+    """Encode a text and write train.npy, val.npy, tokenizer.json and digest.json to ``folder``.
 
     Args:
-        source: a file or a folder.
-        val_fraction: share of the characters.
-        folder: where to.
-        normalize: NFC or none.
-        workers: processes; by default one for each core that this process may use, and one alone for a short text.
+        source: a text file, or a folder of .txt files.
+        val_fraction: fraction of the characters, at the end of the text, for the validation split.
+        folder: an existing folder for the output.
+        normalize: the Unicode normal form of the encoded text, ``NFC`` or ``none``.
+        workers: number of processes. Default: one for a short text, else one per core available to this process.
 
     Returns:
-        the tokenizer, and the number of characters of train and val.
+        the tokenizer, and the numbers of characters of the training and the validation split.
 
     Raises:
-        UserError: the text is missing, empty, not UTF-8, or too short to be split; it changed; a process was killed.
+        UserError: the text is missing, empty, not UTF-8, too short to split or changed; or a process was killed.
     """
-    paths = text_files(source)
-    found = [path.stat() for path in paths]
-    size = sum(file.st_size for file in found)
-    work = list(pieces(paths, normalize))
+    paths = find_text_files(source)
+    before = [path.stat() for path in paths]
+    size = sum(stat.st_size for stat in before)
+    pieces = list(split_into_pieces(paths, normalize))
     if workers is None:
-        workers = len(available_cores()) if size >= PARALLEL else 1
-    with processes(min(workers, len(work)), source) as run, progress(2 * size) as told:
-        seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
-        for piece, (points, count) in zip(work, run(partial(_scan, normalize), work), strict=True):
-            seen[points] = True
-            counts.append(count)
-            told(piece)
+        workers = len(available_cores()) if size >= MIN_PARALLEL_BYTES else 1
+    with worker_pool(min(workers, len(pieces)), source) as run, progress_bar(2 * size) as advance:
+        seen, counts = _scan_pieces(pieces, normalize, run, advance)
         total = sum(counts)
         if not total:
-            raise UserError(f"{source}: empty; there is nothing to learn from")
+            raise UserError(f"{source}: empty; there is nothing to train on")
         n_train = int(total * (1 - val_fraction))
         if n_train < 2 or total - n_train < 2:
             raise UserError(f"{source}: {total} characters are too few to split (data.val_fraction = {val_fraction})")
-        tokenizer = Tokenizer.of(seen, normalize)
+        tokenizer = Tokenizer.from_seen(seen, normalize)
         tokenizer.save(folder / "tokenizer.json")
         for name, length in zip(SPLITS, (n_train, total - n_train), strict=True):
-            _make(folder / name, length, tokenizer.dtype)
-        places = [0, *accumulate(counts)]
-        for piece, count, written in zip(work, counts, run(partial(_write, folder), work, places[:-1]), strict=True):
-            if written != count:
-                raise _changed(source)
-            told(piece)
-        for path, before in zip(paths, found, strict=True):
+            np.lib.format.open_memmap(folder / name, "w+", tokenizer.dtype, (length,))  # a sparse file of zeros
+        starts = [0, *accumulate(counts)][:-1]
+        for piece, _ in zip(pieces, run(partial(_write, folder, source), pieces, starts, counts), strict=True):
+            advance(piece)
+        for path, stat in zip(paths, before, strict=True):
             now = path.stat()
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise _changed(path)
+            if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                raise changed_error(path)
         sizes = {name: (folder / name).stat().st_size for name in SPLITS}
         write_json(folder / "digest.json", {"sha256": digest(folder, tokenizer, sizes, run), "bytes": sizes})
     return tokenizer, n_train, total - n_train
 
 
+def _scan_pieces(
+    pieces: list[list[Span]], normalize: str, run: Map, advance: Callable[[list[Span]], object]
+) -> tuple[NDArray[np.bool_], list[int]]:
+    """Return a mask of the code points in the text, shape (CODE_POINTS,), and the number of characters per piece."""
+    seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
+    for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
+        seen[points] = True
+        counts.append(count)
+        advance(piece)
+    return seen, counts
+
+
 def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:
-    """The different code points of a piece, and how many there are in all."""
-    seen, of_ascii, count = np.zeros(CODE_POINTS, dtype=np.bool_), b"", 0
-    for points in read(piece, normalize):
+    """Return the distinct code points of a piece and its number of characters."""
+    seen, seen_ascii, count = np.zeros(CODE_POINTS, dtype=np.bool_), b"", 0
+    for points in read_piece(piece, normalize):
         count += len(points)
         if points.dtype == np.uint8:
-            if new := points.tobytes().translate(None, of_ascii):
-                of_ascii += bytes(set(new))
+            if new := points.tobytes().translate(None, seen_ascii):
+                seen_ascii += bytes(set(new))
         elif not seen.take(points, mode="clip").all():  # reading is three times as fast as marking
             seen[points] = True
-    seen[list(of_ascii)] = True
+    seen[list(seen_ascii)] = True
     return np.flatnonzero(seen), count
 
 
-def _make(path: Path, length: int, dtype: np.dtype[Any]) -> None:
-    """A file for ids, all of them 0."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + length * dtype.itemsize)
+def _write(folder: Path, source: Path, piece: list[Span], start: int, count: int) -> None:
+    """Write the ids of a piece with ``count`` characters that starts at character ``start`` of the text.
 
-
-def _write(folder: Path, piece: list[Span], place: int) -> int:
-    """Write the ids of a piece, the first of them at ``place`` of the text; gives their number."""
-    tokenizer, written = Tokenizer.load(folder / "tokenizer.json"), place
+    Raises:
+        UserError: the piece no longer has ``count`` characters.
+    """
+    tokenizer, position = Tokenizer.load(folder / "tokenizer.json"), start
     with (folder / SPLITS[0]).open("r+b", buffering=0) as train, (folder / SPLITS[1]).open("r+b", buffering=0) as val:
         np.lib.format.read_magic(train), np.lib.format.read_magic(val)
         (n_train,), _, dtype = np.lib.format.read_array_header_1_0(train)
         np.lib.format.read_array_header_1_0(val)
-        train.seek(min(place, n_train) * dtype.itemsize, os.SEEK_CUR)
-        val.seek(max(0, place - n_train) * dtype.itemsize, os.SEEK_CUR)
-        for points in read(piece, tokenizer.normalize):
+        train.seek(min(start, n_train) * dtype.itemsize, os.SEEK_CUR)
+        val.seek(max(0, start - n_train) * dtype.itemsize, os.SEEK_CUR)
+        for points in read_piece(piece, tokenizer.normalize):
             ids = tokenizer.encode_known(points)
-            cut = max(0, n_train - written)
-            train.write(ids[:cut].data)
-            val.write(ids[cut:].data)
-            written += len(ids)
-    return written - place
+            in_train = max(0, n_train - position)
+            train.write(ids[:in_train].data)
+            val.write(ids[in_train:].data)
+            position += len(ids)
+    if position - start != count:
+        raise changed_error(source)
 
 
-def digest(folder: Path, tokenizer: Tokenizer, sizes: dict[str, int], run: Callable[..., Iterable[Any]] = map) -> str:
-    """SHA-256, in hexadecimal, over the vocabulary and the SHA-256 of each block of the splits' files."""
+def digest(folder: Path, tokenizer: Tokenizer, sizes: dict[str, int], run: Map = map) -> str:
+    """Return the hexadecimal SHA-256 of the vocabulary and the SHA-256 of each block of the token files.
+
+    ``sizes`` gives the files in ``folder``, in the order in which they are hashed, and their sizes in bytes.
+    """
     result = hashlib.sha256(tokenizer.characters.encode("utf-32-le", "surrogatepass"))
     for name, size in sizes.items():
-        for block in run(partial(_hash, folder / name), range(0, size, BLOCK)):
+        for block in run(partial(_hash_block, folder / name), range(0, size, HASH_BLOCK_BYTES)):
             result.update(block)
     return result.hexdigest()
 
 
-def _hash(path: Path, begin: int) -> bytes:
-    hashed = hashlib.sha256()
+def _hash_block(path: Path, begin: int) -> bytes:
+    result = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
-        for _ in range(0, BLOCK, CHUNK):
-            hashed.update(file.read(CHUNK))
-    return hashed.digest()
+        for _ in range(0, HASH_BLOCK_BYTES, CHUNK_BYTES):
+            result.update(file.read(CHUNK_BYTES))
+    return result.digest()
 
 
 @contextmanager
-def processes(count: int, source: Path) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Give a ``map`` that runs in ``count`` processes, in this one alone if that is 1. Results keep their order.
+def worker_pool(count: int, source: Path) -> Iterator[Map]:
+    """Yield a ``map`` that runs in ``count`` processes and keeps the order, or the built-in one if ``count`` is 1.
 
-    The processes end with the block, and with this process, whatever ends it.
+    The processes end with the block, and also with this process if it is killed.
 
     Raises:
         UserError: one of them was killed.
@@ -166,30 +175,35 @@ def processes(count: int, source: Path) -> Iterator[Callable[..., Iterable[Any]]
     from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
     from multiprocessing import get_context
 
-    pool = ProcessPoolExecutor(count, get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(count, get_context("spawn"), _start_worker)
 
     def run(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterable[Any]:
-        # All processes start here, and keep the mask: the interrupt of a terminal is this process's to answer.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return pool.map(function, *arguments)
+        # The workers start in this call and inherit the mask. So Ctrl-C, which a terminal sends to all processes,
+        # interrupts only this one, even while a worker is starting.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return pool.map(function, *arguments)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     try:
         yield run
     except BrokenProcessPool:
         raise UserError(
-            f"{source}: a process that encoded it was killed, perhaps for want of memory; "
-            f"with fewer cores it takes less: for example `taskset -c 0 dvc repro`"
+            f"{source}: an encoding process was killed, perhaps because memory ran out; "
+            f"fewer cores need less memory, for example `taskset -c 0 dvc repro`"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Let this process end when the one that started it has ended, even where that one was killed."""
+def _start_worker() -> None:
+    """Ignore Ctrl-C, and exit when the parent process has ended, even if it was killed."""
     from multiprocessing import parent_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         if parent := parent_process():
@@ -200,9 +214,9 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def progress(size: int) -> Iterator[Callable[[list[Span]], object]]:
-    """Give a function that is told of each piece that was read; a long text shows a bar in a terminal."""
-    if size < 2 * PARALLEL:
+def progress_bar(size: int) -> Iterator[Callable[[list[Span]], object]]:
+    """Yield a function that adds a piece to a progress bar. The bar appears in a terminal if the text is long."""
+    if size < 2 * MIN_PARALLEL_BYTES:
         yield lambda _: None
         return
     from tqdm import tqdm

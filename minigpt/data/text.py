@@ -1,4 +1,9 @@
-"""TODO."""
+"""Text files as arrays of code points, read in bounded memory.
+
+A text is cut twice. A *piece* is about 32 MB, from one file or several, and is read by one process. A *chunk* is up to
+64 KB of a piece and is decoded in one call. Both end at a safe cut, so that decoding and normalizing each of them alone
+gives the same characters as decoding and normalizing the whole text.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +13,42 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
 from minigpt.data.tokenizer import code_points
 from minigpt.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+CHUNK_BYTES = 1 << 16
+"""Bytes that are decoded in one call. They fit into a core's cache, and many chunks are entirely ASCII."""
 
-CHUNK = 1 << 16
-"""Bytes decoded at a time: few enough to stay in a core's cache, and often all ASCII."""
-
-PIECE = 1 << 25
-"""Bytes of a text, of one file or of several, that one process reads at a time."""
+PIECE_BYTES = 1 << 25
+"""Bytes that one process reads in one task."""
 
 
-def text_files(source: Path) -> list[Path]:
-    """The text file ``source``, or the .txt files in the folder ``source`` and below it, in order of their names.
+@dataclass(frozen=True)
+class Span:
+    """A byte range of a text file between two safe cuts.
+
+    Attributes:
+        path: the file.
+        begin, end: the range [begin, end) in bytes, not empty.
+        joined: whether to insert a newline before it, because it starts a file and the previous file does not end in
+            a newline.
+    """
+
+    path: str
+    begin: int
+    end: int
+    joined: bool = False
+
+
+def find_text_files(source: Path) -> list[Path]:
+    """Return the file ``source``, or every .txt file in the folder ``source`` and its subfolders, sorted by path.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     if source.is_dir():
         files = sorted(path for path in source.rglob("*.txt") if path.is_file())
@@ -41,102 +60,92 @@ def text_files(source: Path) -> list[Path]:
     return [source]
 
 
-@dataclass(frozen=True)
-class Span:
-    """A part of a text file that can be read on its own, from one last_safe_cut to another.
-
-    Attributes:
-        path: the file.
-        begin, end: its bytes, at least one character.
-        joined: whether a newline is put before, since the file's first byte follows a file that does not end in one.
-    """
-
-    path: str
-    begin: int
-    end: int
-    joined: bool = False
-
-
 def last_safe_cut(data: bytes, normalize: str) -> int:
-    """The last place inside ``data``, UTF-8 that goes on after it, where it can be cut; 0 where there is none.
+    """Return the last position inside ``data``, a part of a UTF-8 text, where the text can be cut; 0 if none.
 
-    That is before a character, and not within a line end. Where texts are put in the form NFC it is before a
-    character of ASCII, which is never composed with what stands before it.
+    A safe cut is never inside a character or a CRLF line end. With NFC it is always before an ASCII character, because
+    those never compose with the character before them.
     """
-    for place in range(len(data) - 1, 0, -1):
-        follows = data[place] >= 0x80 if normalize == "NFC" else data[place] & 0xC0 == 0x80
-        if not follows and data[place - 1 : place + 1] != b"\r\n":
-            return place
+    for cut in range(len(data) - 1, 0, -1):
+        continues = data[cut] >= 0x80 if normalize == "NFC" else data[cut] & 0xC0 == 0x80
+        if not continues and data[cut - 1 : cut + 1] != b"\r\n":
+            return cut
     return 0
 
 
-def pieces(paths: list[Path], normalize: str) -> Iterator[list[Span]]:
-    """Texts, one after the other, as pieces of about PIECE bytes that can be read apart."""
+def split_into_pieces(paths: list[Path], normalize: str) -> Iterator[list[Span]]:
+    """Yield pieces of about PIECE_BYTES that together are the text of the files, in order. Empty files are skipped."""
     piece: list[Span] = []
-    room, newline = PIECE, True
+    remaining, newline = PIECE_BYTES, True
     for path in paths:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            begin = 0
-            if size <= len(codecs.BOM_UTF8) and _bytes(file, 0, size) in (b"", codecs.BOM_UTF8):
+            if size <= len(codecs.BOM_UTF8) and _read_range(file, 0, size) in (b"", codecs.BOM_UTF8):
                 continue
+            begin = 0
             while begin < size:
-                end = begin + room
-                place = 0
-                while end < size and not place:
-                    start = max(begin, end - CHUNK)
-                    place = last_safe_cut(_bytes(file, start, end), normalize)
-                    end = start + place if place else end + PIECE
-                end = min(end, size)
+                end = _find_cut(file, begin, begin + remaining, size, normalize)
                 piece.append(Span(str(path), begin, end, joined=not begin and not newline))
-                room -= end - begin
+                remaining -= end - begin
                 begin = end
-                if room <= CHUNK:
+                if remaining <= CHUNK_BYTES:
                     yield piece
-                    piece, room = [], PIECE
-            newline = _bytes(file, size - 1, size) in (b"\n", b"\r")
+                    piece, remaining = [], PIECE_BYTES
+            newline = _read_range(file, size - 1, size) in (b"\n", b"\r")
     if piece:
         yield piece
 
 
-def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
+def _find_cut(file: BinaryIO, begin: int, end: int, size: int, normalize: str) -> int:
+    """Return a safe cut in the chunk before ``end``, or in a later chunk if that has none, or ``size``."""
+    while end < size:
+        start = max(begin, end - CHUNK_BYTES)
+        if cut := last_safe_cut(_read_range(file, start, end), normalize):
+            return start + cut
+        end += PIECE_BYTES
+    return size
+
+
+def _read_range(file: BinaryIO, begin: int, end: int) -> bytes:
     file.seek(begin)
     return file.read(end - begin)
 
 
-def read(piece: list[Span], normalize: str = "none") -> Iterator[NDArray[Any]]:
-    """The code points of a piece in chunks: without byte order marks, every line end as one newline, normalized.
+def read_piece(piece: list[Span], normalize: str = "none") -> Iterator[NDArray[Any]]:
+    """Yield the code points of a piece, chunk by chunk: without byte order marks, with LF line ends, normalized.
 
     Raises:
-        UserError: a file is not text in UTF-8, and the offending byte's offset is named; or it has become shorter.
+        UserError: a file is not UTF-8 text (the message gives the byte offset), or it became shorter.
     """
     for span in piece:
         if span.joined:
             yield code_points("\n")
         with open(span.path, "rb", buffering=0) as file:
-            place, held = file.seek(span.begin), b""
-            while place < span.end:
-                data = file.read(min(CHUNK, span.end - place - len(held)))
+            offset, pending = file.seek(span.begin), b""
+            while offset < span.end:
+                data = file.read(min(CHUNK_BYTES, span.end - offset - len(pending)))
                 if not data:
-                    raise _changed(span.path)
-                held += data
-                cut = len(held) if place + len(held) == span.end else last_safe_cut(held, normalize)
+                    raise changed_error(span.path)
+                pending += data
+                ends = offset + len(pending) == span.end
+                cut = len(pending) if ends else last_safe_cut(pending, normalize)
                 if not cut:
-                    _decode(span.path, place, held, whole=False)  # what is no text is not held until memory ends
+                    # Reject invalid bytes now: without a safe cut, a binary file would fill the memory first.
+                    _decode(span.path, offset, pending, final=False)
                     continue
-                data, held = held[:cut], held[cut:]
-                text = _decode(span.path, place, data)
+                data, pending = pending[:cut], pending[cut:]
+                text = _decode(span.path, offset, data)
                 if b"\r" in data:
                     text = text.replace("\r\n", "\n").replace("\r", "\n")
                 yield code_points(unicodedata.normalize("NFC", text) if normalize == "NFC" else text)
-                place += cut
+                offset += cut
 
 
-def _decode(path: str, offset: int, data: bytes, whole: bool = True) -> str:
-    """The text of ``data``, which stands at ``offset`` in a file; the end of its last character may be missing."""
+def _decode(path: str, offset: int, data: bytes, final: bool = True) -> str:
+    """Decode ``data``, read at ``offset`` of a file. Unless ``final``, its last character may be incomplete."""
     nul = data.find(b"\0")
     try:
-        text, _ = codecs.utf_8_decode(data if nul < 0 else data[:nul], "strict", whole or nul >= 0)
+        text, _ = codecs.utf_8_decode(data if nul < 0 else data[:nul], "strict", final or nul >= 0)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}, {error.reason}); "
@@ -147,5 +156,6 @@ def _decode(path: str, offset: int, data: bytes, whole: bool = True) -> str:
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def _changed(path: str | Path) -> UserError:
-    return UserError(f"{path}: changed while it was read; run again")
+def changed_error(path: str | Path) -> UserError:
+    """Return the error for a text that was modified during encoding."""
+    return UserError(f"{path}: changed while it was read; run the command again")

@@ -9,16 +9,16 @@ from minigpt.data.tokenizer import CODE_POINTS, Tokenizer, code_points
 from minigpt.errors import UserError
 
 
-def fitted(text):
+def tokenizer_of(text):
     seen = np.zeros(CODE_POINTS, dtype=bool)
     seen[code_points(text)] = True
-    return Tokenizer.of(seen)
+    return Tokenizer.from_seen(seen)
 
 
 @settings(max_examples=10_000 if os.environ.get("TORTURE") == "full" else 500, deadline=None)
 @given(st.text(min_size=1))
-def test_every_text_round_trips(text):
-    tokenizer = fitted(text)
+def test_any_text_round_trips(text):
+    tokenizer = tokenizer_of(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.characters == "".join(sorted(set(text)))
 
@@ -26,7 +26,7 @@ def test_every_text_round_trips(text):
 @pytest.mark.parametrize(
     "size, dtype", [(1, np.uint8), (256, np.uint8), (257, np.int16), (32768, np.int16), (32769, np.int32)]
 )
-def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
+def test_dtype_is_the_smallest_that_holds_every_id(size, dtype):
     tokenizer = Tokenizer("".join(map(chr, range(ord("a"), ord("a") + size))))
     for text in (tokenizer.characters, "a"):
         ids = tokenizer.encode(text)
@@ -35,25 +35,25 @@ def test_ids_take_the_smallest_type_that_holds_them(size, dtype):
         assert ids.flags.writeable
 
 
-def test_an_unknown_character_is_shown_with_its_place_and_code_point():
+def test_unknown_character_is_reported_with_position_and_code_point():
     with pytest.raises(UserError, match=r"the prompt: character 3, 'é' \(U\+00E9 LATIN SMALL LETTER E WITH ACUTE\)"):
-        fitted("abc").encode("abé", "the prompt")
+        tokenizer_of("abc").encode("abé", "the prompt")
 
 
-def test_a_saved_vocabulary_comes_back(tmp_path):
-    tokenizer = fitted('नमस्ते\n\u2028𝄞"\\')
+def test_saved_vocabulary_loads_equal(tmp_path):
+    tokenizer = tokenizer_of('नमस्ते\n\u2028𝄞"\\')
     tokenizer.save(tmp_path / "t.json")
     assert Tokenizer.load(tmp_path / "t.json").characters == tokenizer.characters
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"characters": ""}', '{"characters": "aa"}', '{"characters": 3}'])
-def test_a_damaged_vocabulary_is_refused(tmp_path, content):
+def test_invalid_vocabulary_is_rejected(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(UserError, match=r"t\.json: not a vocabulary"):
         Tokenizer.load(tmp_path / "t.json")
 
 
-def test_prompts_are_put_in_the_normal_form_of_the_text():
+def test_prompt_is_normalized_like_the_training_text():
     tokenizer = Tokenizer("abé", "NFC")
     assert tokenizer.encode("ae\u0301b").tolist() == [0, 2, 1]
     assert tokenizer.without_unknown("ae\u0301xb€x") == ("aéb", "x€")

@@ -40,7 +40,7 @@ class StoppingTrainer(Trainer):
 params = params_with(model={{"init": "normal"}}, train=train)
 with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
-    corpus = dataset.load(folder)
+    corpus = dataset.load_corpus(folder)
     trainer = StoppingTrainer(params, corpus, group, None, Checkpoints(folder / checkpoints, "f00d"))
     scores = [score(trainer.model, corpus.val, stride, group=group) for stride in (None, 5)]
     try:
@@ -63,7 +63,7 @@ def train(tmp_path_factory):
     """Function that trains with ``world_size`` processes and returns the weights and a record of the training."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    encode.encode(folder / "a.txt", 0.1, folder)
+    encode.encode_corpus(folder / "a.txt", 0.1, folder)
     (folder / "job.py").write_text(JOB.format(root=str(ROOT)))
 
     def train(name, world_size, checkpoints="", stop=-1, **changes):

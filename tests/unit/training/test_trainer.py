@@ -42,8 +42,8 @@ class Notes:
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    encode.encode(folder / "a.txt", 0.1, folder)
-    return dataset.load(folder)
+    encode.encode_corpus(folder / "a.txt", 0.1, folder)
+    return dataset.load_corpus(folder)
 
 
 def trainer(text, folder, act=None, model=None, **train):
@@ -189,7 +189,7 @@ def test_a_corpus_shorter_than_the_context_is_refused(text, tmp_path):
 def test_a_gpu_trains_what_a_cpu_does(tmp_path, optimizer):
     text = "the quick brown fox jumps over the lazy dog.\n" * 100
     (tmp_path / "a.txt").write_text(text)
-    encode.encode(tmp_path / "a.txt", 0.1, tmp_path)
+    encode.encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
     losses = []
     for name in ("cpu", "cuda"):
         device = torch.device(name)
@@ -197,7 +197,7 @@ def test_a_gpu_trains_what_a_cpu_does(tmp_path, optimizer):
             model={"dropout": 0.0},
             train={"dtype": "float32", "token_noise": 0.0, "device": name, "optimizer": optimizer},
         )
-        there = dataset.load(tmp_path, device)
+        there = dataset.load_corpus(tmp_path, device)
         one = Trainer(params, there, ProcessGroup(0, 1, device), None, Checkpoints(tmp_path / name, "f00d"))
         torch.set_float32_matmul_precision("highest")  # Muon makes much of what TF32 rounds
         losses.append([row["val_loss"] for row in one.run().history])
