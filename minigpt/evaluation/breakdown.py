@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,7 @@ class Breakdown:
     """
 
     def __init__(self, block_size: int, tokenizer: Tokenizer, device: torch.device | str) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
         self.tokenizer = tokenizer
         self._positions = zeros(2, block_size)  # nats, characters
         self._characters = zeros(2, tokenizer.vocab_size)  # nats, characters
@@ -96,10 +95,9 @@ class Breakdown:
 
     def positions(self) -> list[Row]:
         """Return the loss at each position of the context, counted from 1."""
-        rows = zip(*self._positions.tolist(), strict=True)
         return [
             {"position": position, "loss": nats / count, "count": int(count)}
-            for position, (nats, count) in enumerate(rows, 1)
+            for position, (nats, count) in enumerate(zip(*self._positions.tolist(), strict=True), 1)
             if count
         ]
 
@@ -129,30 +127,23 @@ class Breakdown:
         totals = self._characters[1].tolist()
         rows = []
         for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
-            target, guess = label(self.tokenizer.characters[pair // V]), label(self.tokenizer.characters[pair % V])
-            share = count / totals[pair // V]
-            rows.append(
-                {"pair": f"{target} as {guess}", "target": target, "guess": guess, "count": count, "share": share}
-            )
+            target, guess = (label(self.tokenizer.characters[index]) for index in divmod(pair, V))
+            names = {"pair": f"{target} as {guess}", "target": target, "guess": guess}
+            rows.append({**names, "count": count, "share": count / totals[pair // V]})
         return rows
 
     def calibration(self) -> list[Row]:
         """Return the mean probability of the most likely character and its accuracy, for each bin with characters."""
         return [
-            {
-                "predicted": probability / count,
-                "observed": correct / count,
-                "ideal": probability / count,
-                "count": int(count),
-            }
-            for probability, correct, count in zip(*self._bins.tolist(), strict=True)
+            {"predicted": p / count, "observed": correct / count, "ideal": p / count, "count": int(count)}
+            for p, correct, count in zip(*self._bins.tolist(), strict=True)
             if count
         ]
 
     def tables(self) -> dict[str, list[Row]]:
         """Return the four tables by name."""
-        methods = (self.positions, self.characters, self.confusions, self.calibration)
-        return {method.__name__: method() for method in methods}
+        tables = (self.positions, self.characters, self.confusions, self.calibration)
+        return {table.__name__: table() for table in tables}
 
     def write(self, folder: Path) -> None:
         """Write each table as a CSV file."""

@@ -1,8 +1,7 @@
 """Charts as PNG or SVG files, drawn from the plots in ``dvc.yaml``.
 
-``dvc.yaml`` has the titles, labels and columns, and ``.dvc/plots`` has the Vega-Lite templates. This module fills
-the templates in as ``dvc plots show`` does, with one difference: DVC has one color per revision, and these charts,
-which show a single revision, have one color per column.
+``dvc.yaml`` has titles, labels and columns, and ``.dvc/plots`` has Vega-Lite templates. They are filled in as by
+``dvc plots show``, but with one color per column, while DVC has one per revision.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-Spec = dict[str, Any]
-"""A chart in Vega-Lite."""
-
 ROOT = Path(__file__).parents[2]
 """The repository, in which minigpt is installed in editable mode."""
 
@@ -35,7 +31,7 @@ HIGHLIGHT = {"condition": {"test": "datum.model === 'this model'", "value": COLO
 """Colors of a chart with one column: the bar of the model differs from those of the n-gram models."""
 
 LEGEND = {"train_loss": "training", "val_loss": "validation"}
-"""Names in the legend; other columns appear under their own name."""
+"""Names of columns in the legend, where they differ."""
 
 MAX_CHARACTERS = 200
 """Characters in a chart, the most frequent ones. Looking up whether a font has a character takes about 3 ms."""
@@ -65,11 +61,7 @@ def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: P
     Args:
         breakdown: tables of the validation split.
         compared: rows with ``model`` and ``loss``, for the model and for the n-gram models.
-        title: heading of the picture.
-        target: file to write; its suffix selects PNG or SVG.
-
-    Raises:
-        UserError: ``dvc.yaml`` or a template is missing.
+        title, target: as in :func:`loss_chart`, which has the same errors.
     """
     tables = {"baselines": compared, **breakdown.tables()}
     tables["characters"] = tables["characters"][:MAX_CHARACTERS]
@@ -77,7 +69,7 @@ def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: P
     render([_charts(tables, *names) for names in rows], title, target)
 
 
-def render(rows: list[list[Spec]], title: str, target: Path) -> None:
+def render(rows: list[Rows], title: str, target: Path) -> None:
     """Write rows of charts under a heading, as PNG or SVG by the suffix of ``target``."""
     import vl_convert
 
@@ -96,7 +88,7 @@ def render(rows: list[list[Spec]], title: str, target: Path) -> None:
         target.write_bytes(vl_convert.vegalite_to_png(picture, vl_version=VEGA_LITE, scale=2))
 
 
-def _charts(tables: dict[str, Rows], *names: str) -> list[Spec]:
+def _charts(tables: dict[str, Rows], *names: str) -> Rows:
     """Return the plots ``names`` of ``dvc.yaml``, given the rows of each CSV file by its stem."""
     from dvc_render.exceptions import DvcRenderError
 
@@ -108,30 +100,28 @@ def _charts(tables: dict[str, Rows], *names: str) -> list[Spec]:
         raise UserError(f"{ROOT / 'dvc.yaml'}: cannot draw the plots {', '.join(names)}: {error!r}") from None
 
 
-def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> Spec:
+def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> dict[str, Any]:
     """Return the Vega-Lite chart of one plot of ``dvc.yaml``."""
     from dvc_render.vega_templates import get_template
 
     ((file, columns),) = plot["y"].items()
     columns = [columns] if isinstance(columns, str) else columns
     series = [LEGEND.get(column, column) for column in columns]
-    x, y = plot["x"] if isinstance(plot["x"], str) else plot["x"][file], "value"
     data = [
-        {key: _drawable(cell) if isinstance(cell, str) else cell for key, cell in ({**row, y: row[column]}).items()}
-        | {"field": column, "rev": legend}
-        for column, legend in zip(columns, series, strict=True)
+        {key: _drawable(cell) for key, cell in row.items()}
+        | {"value": _drawable(row[column]), "field": column, "rev": name_in_legend}
+        for column, name_in_legend in zip(columns, series, strict=True)
         for row in tables[Path(file).stem]
     ]
     by_series = {"field": "rev", "type": "nominal", "title": None, "scale": {"domain": series, "range": COLORS}}
-    anchors = {
+    anchors = plot | {
         "data": data,
-        "x": x,
-        "y": y,
-        **{key: plot[key] for key in ("title", "x_label", "y_label")},
+        "x": plot["x"] if isinstance(plot["x"], str) else plot["x"][file],
+        "y": "value",
         "color": by_series if len(columns) > 1 else HIGHLIGHT,
         "plot_width": 300,
         "plot_height": 300,
-        "zoom_and_pan": {"name": f"unused_{name}", "value": 0},  # a picture has none, but a name must be unique
+        "zoom_and_pan": {"name": f"unused_{name}", "value": 0},  # a picture cannot zoom; names must be unique
         "stroke_dash": {},
         "tooltip": [],
     }
@@ -141,10 +131,12 @@ def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> 
     return dict(template.content)
 
 
-def _drawable(text: str) -> str:
-    """Return ``text`` with the code point in place of each character that no installed font has."""
+def _drawable(cell: Any) -> Any:
+    """Return a cell of a table; in a text, the code point replaces each character that no installed font has."""
+    if not isinstance(cell, str):
+        return cell
     # A combining mark comes after a dotted circle, which a code point does not need.
-    return re.sub("\u25cc?(.)", lambda found: found[0] if _has_glyph(found[1]) else f"U+{ord(found[1]):04X}", text)
+    return re.sub("\u25cc?(.)", lambda found: found[0] if _has_glyph(found[1]) else f"U+{ord(found[1]):04X}", cell)
 
 
 @functools.cache
@@ -152,7 +144,7 @@ def _has_glyph(character: str) -> bool:
     """Return whether a character is drawn unlike U+0378, which Unicode has not assigned."""
     import vl_convert
 
-    text = '<text x="9" y="30" font-family="sans-serif">{}</text>'  # Vega's font
+    text = '<text y="30" font-family="sans-serif">{}</text>'  # Vega's font
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{text}</svg>'
     drawn, missing = (vl_convert.svg_to_png(svg.format(html.escape(one))) for one in (character, "\u0378"))
     return bool(drawn != missing)

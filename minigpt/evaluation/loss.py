@@ -63,8 +63,7 @@ class Score:
     def sampling_error(self) -> float:
         """Standard error of the loss in nats, as an estimate for the whole split; 0 if all of it was scored.
 
-        This is the standard error with the finite population correction. It treats evenly spaced windows as a random
-        sample, which rarely makes the error too small.
+        It has the finite population correction, and treats evenly spaced windows as a random sample: rarely too small.
         """
         return 0.0 if self.count == self.total else self.standard_error * math.sqrt(1 - self.count / self.total)
 
