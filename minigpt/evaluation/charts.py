@@ -61,7 +61,8 @@ def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: P
     Args:
         breakdown: tables of the validation split.
         compared: rows with ``model`` and ``loss``, for the model and for the n-gram models.
-        title, target: as in :func:`loss_chart`, which has the same errors.
+        title: heading of the picture.
+        target: as in :func:`loss_chart`, which has the same errors.
     """
     tables = {"baselines": compared, **breakdown.tables()}
     tables["characters"] = tables["characters"][:MAX_CHARACTERS]

@@ -22,7 +22,6 @@ MAX_VAL_CHARS = 1 << 24
 """Characters that are scored, approximately: evenly spaced chunks of a longer validation split."""
 
 Ids = NDArray[Any]
-
 Floats = NDArray[np.float64]
 
 
@@ -65,7 +64,7 @@ def discounts(counts: Ids) -> Floats:
     """Return the discounts of counts of 0, 1, 2, and 3 or more, shape (4,).
 
     These are the estimates of Chen and Goodman (1999, eq. 26) from the numbers of n-grams with counts of 1 to 4. Each
-    number is increased by one half, and each discount is clipped to lie between 0 and its count, so that the result
+    number is increased by one half, and each discount is clipped to the range from 0 to its count, so that the result
     is defined when there are few or no such n-grams.
     """
     n1, n2, n3, n4 = (np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 0.5).tolist()
