@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.contenders import MEASURES, ROOT
+from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe
 
 OURS = ("minigpt", "python -m minigpt")
@@ -91,27 +92,30 @@ def rows(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, str, st
 
 
 def draw(results: dict[str, Any], target: Path) -> None:
-    """Bars: how many times better the project is than each peer."""
-    from matplotlib.figure import Figure
-
-    bars = []
+    """Draw one bar per peer: how many times better the project is, on a logarithmic scale."""
+    ratios = []
     for name, found in results["measures"].items():
-        table = rows(name, found)
-        peers = [row for row in table if not row[0].startswith(OURS) and row[2] != "-"]
-        bars += [(f"{name.partition(',')[0]}: {row[0]}", float(row[2])) for row in peers]
-    bars = [(label, ratio) for label, ratio in bars if math.isfinite(ratio)]
-    if not bars:
+        peers = [row for row in rows(name, found) if not row[0].startswith(OURS) and row[2] != "-"]
+        ratios += [{"peer": f"{name.partition(',')[0]}: {row[0]}", "ratio": float(row[2])} for row in peers]
+    ratios = [row for row in ratios if math.isfinite(row["ratio"])]
+    if not ratios:
         return
-    figure = Figure(figsize=(9, 0.45 * len(bars) + 1), layout="constrained")
-    axes = figure.subplots()
-    labels, ratios = zip(*reversed(bars), strict=True)
-    drawn = axes.barh(labels, ratios, color="#c1440e")
-    axes.bar_label(drawn, [f"{ratio:.3g}" for ratio in ratios], padding=3)
-    axes.axvline(1, color="#22223b", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times better than the peer", title=results["machine"]["device"])
-    axes.margins(x=0.12, y=0.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=150)
+    x = {"field": "ratio", "type": "quantitative", "title": "times better than the peer", "scale": {"type": "log"}}
+    bars = {
+        "data": {"values": ratios},
+        "width": 400,
+        "height": {"step": 26},
+        "encoding": {"y": {"field": "peer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 0}}},
+        "layer": [
+            # A bar starts at 1, where both are equally good.
+            {"mark": {"type": "bar", "color": COLORS[0]}, "encoding": {"x": x, "x2": {"datum": 1}}},
+            {
+                "mark": {"type": "text", "align": "left", "dx": 4},
+                "encoding": {"x": x, "text": {"field": "ratio", "format": ".3~g"}},
+            },
+        ],
+    }
+    render([[bars]], results["machine"]["device"], target)
 
 
 def main() -> None:
@@ -160,10 +164,7 @@ def main() -> None:
             print(f"  {contender:55} {value:>10}  x {ratio:>6}  {notes}", flush=True)
         written.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    try:
-        draw(results, written.with_suffix(".png"))
-    except ImportError:
-        print("\nno picture: matplotlib is not installed")
+    draw(results, written.with_suffix(".png"))
     print(f"\nwritten to {written}.*")
 
 

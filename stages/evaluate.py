@@ -1,4 +1,4 @@
-"""Score the trained model on every character, beside models that only count, and say where its loss comes from.
+"""Score the trained model on every character, compare it with n-gram models, and break its loss down.
 
 python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/{metrics.json,*.csv}
 """
@@ -7,30 +7,34 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params
 from minigpt.files import atomic_directory, write_csv, write_json
 from minigpt.runtime import cpu
 from stages import MODEL, PREPARED, RESULTS
 
-SURE = 1.96
-"""Standard errors to either side of a loss that the true one is within, 95 times of 100."""
+if TYPE_CHECKING:
+    from minigpt.data.dataset import Corpus, Split
+    from minigpt.evaluation.breakdown import Breakdown
+    from minigpt.evaluation.loss import Score
+    from minigpt.model import GPT
+    from minigpt.tracking.run import Tracker
 
-COARSE, SHORT = 0.01, 10_000
-"""What is uncertain of a loss is said in words from this share of it on, and for splits of fewer characters."""
+Z_95 = 1.96
+"""Standard errors on either side of an estimate in a 95 % confidence interval."""
+
+SHORT, UNCERTAIN = 10_000, 0.01
+"""A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
 
 
 def main() -> None:
     """Run the stage."""
     settings = params.load()
-    cpu.configure_cpu()
+    cpu.configure_cpu()  # before torch is imported
     from minigpt import export
     from minigpt.data import dataset
-    from minigpt.evaluation import charts, ngrams
     from minigpt.evaluation.breakdown import Breakdown
-    from minigpt.evaluation.loss import Score, score
-    from minigpt.quantize import loss_by_weights
     from minigpt.runtime.device import choose_device, compute_dtype
     from minigpt.tracking.run import tracker_of_model
 
@@ -38,69 +42,112 @@ def main() -> None:
     device = choose_device(settings.train.device)
     model, tokenizer = export.load_model(MODEL, device)
     model.compute_dtype = compute_dtype(settings.train.dtype, device)
-    text = dataset.load_corpus(PREPARED, device)
-    if text.tokenizer.characters != tokenizer.characters:
-        raise errors.UserError(f"{MODEL}: trained on another vocabulary than that of {PREPARED}; `dvc repro train`")
+    corpus = dataset.load_corpus(PREPARED, device)
+    if corpus.tokenizer.characters != tokenizer.characters:
+        raise errors.UserError(
+            f"{MODEL}: its vocabulary differs from that of {PREPARED}; train again with `dvc repro train`"
+        )
 
-    def figures(name: str, scored: Score) -> dict[str, Any]:
-        bits, count = scored.bits, scored.count
-        print(f"minigpt: {name}: {scored.loss:.4f} nats, {bits:.4f} bits per character, {count:,} characters")
-        return {
-            "loss": scored.loss,
-            "bits_per_character": bits,
-            "perplexity": scored.perplexity,
-            "characters": count,
-        }
-
-    report = Breakdown(model.config.block_size, tokenizer, device)
-    val = score(model, text.val, watch=report.add)
-    metrics = {"val": figures("val", val)}
-    if val.windows > 1:
-        metrics["val"]["standard_error"] = val.standard_error
-        if val.count < SHORT or SURE * val.standard_error > COARSE * val.loss:
-            print(
-                f"minigpt: the validation split is short: {val.count:,} characters tell the loss on such text to "
-                f"+-{SURE * val.standard_error:.2g} nats (95 %); smaller differences between models may be chance"
-            )
+    breakdown = Breakdown(model.config.block_size, tokenizer, device)
     stride = settings.evaluate.stride or model.config.block_size // 2
-    overlapping = score(model, text.val, stride)
-    print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
-    metrics["val"] |= {
-        "stride": stride,
-        "loss_at_stride": overlapping.loss,
-        "accuracy": report.accuracy,
-        "calibration_error": report.calibration_error,
+    metrics = {
+        "val": score_validation(model, corpus.val, stride, breakdown),
+        "train": score_training(model, corpus.train, settings.evaluate.train_chars),
+        "baselines": score_ngrams(corpus),
     }
-
-    by_weights = loss_by_weights(model, lambda variant: val.loss if variant is model else score(variant, text.val).loss)
-    metrics["val"]["loss_by_weights"] = by_weights
-    costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
-    print(f"minigpt: val with rounded weights, against float32 throughout: {', '.join(costs)} nats")
-
-    train = score(model, text.train, max_chars=settings.evaluate.train_chars)
-    metrics["train"] = figures("train", train) | {"split_characters": train.of}
-    if train.count == train.of or train.windows > 1:
-        metrics["train"]["sampling_error"] = train.sampling_error
-    if train.count < train.of:
-        print(f"minigpt: a sample of train's {train.of:,} characters; standard error {train.sampling_error:.2g} nats")
-
-    ids = [split.tokens.numpy(force=True) for split in (text.train, text.val)]
-    counted = ngrams.losses(ids[0], ids[1], tokenizer.vocab_size)
-    metrics["baselines"] = counted | {"characters": min(len(text.train), ngrams.COUNTED)}
-    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in counted.items()) + " nats")
-
-    written = RESULTS / "evaluate"
-    with atomic_directory(written) as folder:
-        report.write(folder)
-        compared = [{"model": name, "loss": loss} for name, loss in ({"this model": val.loss} | counted).items()]
+    compared = compare(metrics)
+    with atomic_directory(RESULTS / "evaluate") as folder:
+        breakdown.write(folder)
         write_csv(folder / "baselines.csv", compared)
         write_json(folder / "metrics.json", metrics)
-    tracker.journal.artifact(written)
+    track(tracker, settings, metrics, breakdown, compared)
+
+
+def score_validation(model: GPT, val: Split, stride: int, breakdown: Breakdown) -> dict[str, Any]:
+    """Score the validation split without overlap, with overlapping windows, and with rounded weights."""
+    from minigpt.evaluation.loss import score
+    from minigpt.quantize import loss_by_weights
+
+    scored = score(model, val, callback=breakdown.add)
+    metrics = summarize("val", scored)
+    if scored.windows > 1:
+        metrics["standard_error"] = scored.standard_error
+        margin = Z_95 * scored.standard_error
+        if scored.count < SHORT or margin > UNCERTAIN * scored.loss:
+            print(
+                f"minigpt: the validation split is short: {scored.count:,} characters determine the loss to "
+                f"+-{margin:.2g} nats (95 % confidence); smaller differences between models may be chance"
+            )
+    overlapping = score(model, val, stride)
+    print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
+
+    by_weights = loss_by_weights(model, lambda other: scored.loss if other is model else score(other, val).loss)
+    costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
+    print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
+    return metrics | {
+        "stride": stride,
+        "loss_at_stride": overlapping.loss,
+        "accuracy": breakdown.accuracy,
+        "calibration_error": breakdown.calibration_error,
+        "loss_by_weights": by_weights,
+    }
+
+
+def score_training(model: GPT, train: Split, max_chars: int) -> dict[str, Any]:
+    """Score the training split, or a sample of about ``max_chars`` characters."""
+    from minigpt.evaluation.loss import score
+
+    scored = score(model, train, max_chars=max_chars)
+    metrics = summarize("train", scored) | {"split_characters": scored.total}
+    if scored.count == scored.total or scored.windows > 1:
+        metrics["sampling_error"] = scored.sampling_error
+    if scored.count < scored.total:
+        error = f"standard error {scored.sampling_error:.2g} nats"
+        print(f"minigpt: train is a sample of the split's {scored.total:,} characters; {error}")
+    return metrics
+
+
+def summarize(name: str, scored: Score) -> dict[str, Any]:
+    """Print the loss of a split and return it in each unit."""
+    bits, count = scored.bits, scored.count
+    print(f"minigpt: {name}: {scored.loss:.4f} nats, {bits:.4f} bits per character, {count:,} characters")
+    return {"loss": scored.loss, "bits_per_character": bits, "perplexity": scored.perplexity, "characters": count}
+
+
+def score_ngrams(corpus: Corpus) -> dict[str, float]:
+    """Score the validation split with n-gram models of the training split."""
+    from minigpt.evaluation import ngrams
+
+    train, val = (split.tokens.numpy(force=True) for split in (corpus.train, corpus.val))
+    losses = ngrams.ngram_losses(train, val, corpus.tokenizer.vocab_size)
+    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + " nats")
+    return losses | {"characters": min(len(train), ngrams.MAX_TRAIN_CHARS)}
+
+
+def compare(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the losses of the model and of the n-gram models as rows of a table."""
+    losses = {"this model": metrics["val"]["loss"]} | metrics["baselines"]
+    return [{"model": name, "loss": loss} for name, loss in losses.items() if name != "characters"]
+
+
+def track(
+    tracker: Tracker,
+    settings: params.Params,
+    metrics: dict[str, Any],
+    breakdown: Breakdown,
+    compared: list[dict[str, Any]],
+) -> None:
+    """Add the results and a chart of them to the MLflow run of the model."""
+    from minigpt.evaluation import charts
+
+    tracker.journal.artifact(RESULTS / "evaluate")
     with tempfile.TemporaryDirectory() as temporary:
         chart = Path(temporary) / "evaluation.png"
-        tracker.attempt("evaluation chart", lambda: charts.evaluation(report, compared, settings.data.source, chart))
+        tracker.attempt(
+            "evaluation chart", lambda: charts.evaluation_chart(breakdown, compared, settings.data.source, chart)
+        )
         if chart.exists():
-            tracker.journal.artifact(chart, written.name)
+            tracker.journal.artifact(chart, "evaluate")
     tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), params.flatten(metrics))
 
 

@@ -63,7 +63,7 @@ def main() -> None:
             tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
             with tempfile.TemporaryDirectory() as temporary:
                 chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
-                tracker.attempt("loss chart", lambda: charts.loss(outcome.history, settings.data.source, chart))
+                tracker.attempt("loss chart", lambda: charts.loss_chart(outcome.history, settings.data.source, chart))
                 tracker.attempt("packaged model", lambda: package(packaged))
                 for made, shown_in in ((chart, "train"), (packaged, "")):
                     if made.exists():

@@ -1,7 +1,8 @@
-"""Where a model's loss comes from, by place and by character, and how far its probabilities can be trusted."""
+"""Breakdown of a loss by position and by character, the confused characters, and the calibration."""
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -14,99 +15,94 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.files import write_csv
 
 BINS = 15
-"""Bins of equal width that probabilities are sorted into, as many as Guo et al. (2017) take."""
+"""Bins of equal width for the probabilities, as in Guo et al. (2017)."""
 
-PAIRS = 20
-"""Confused pairs that are listed."""
+MAX_PAIRS = 20
+"""Rows of the table of confusions."""
 
-HELD = 1 << 20
-"""Pairs of characters held before equal ones are counted."""
+MERGE_AT = 1 << 20
+"""Number of stored pairs of characters above which equal ones are merged."""
 
 Row = dict[str, Any]
 
-NAMED = {"\n": "newline", " ": "space", "\t": "tab"}
+NAMES = {"\n": "newline", " ": "space", "\t": "tab"}
 
 
 class Breakdown:
-    """Tables of one pass over a split, gathered on its device: give :meth:`add` to ``score`` as its ``watch``.
+    """Tables over one pass of a split, accumulated on its device. Pass :meth:`add` to ``score`` as the callback.
 
     Args:
-        block_size: the model's context T.
-        tokenizer: of the model, with V characters.
-        device: of the split.
+        block_size: context length T of the model.
+        tokenizer: tokenizer of the model, with V characters.
+        device: device of the split.
     """
 
     def __init__(self, block_size: int, tokenizer: Tokenizer, device: torch.device | str) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
         self.tokenizer = tokenizer
         self._positions = zeros(2, block_size)  # nats, characters
         self._characters = zeros(2, tokenizer.vocab_size)  # nats, characters
-        self._bins = zeros(3, BINS)  # probabilities, hits, characters
-        self._pairs: list[Tensor] = []  # target * V + guess
-        self._counts: list[Tensor] = []  # of each pair
+        self._bins = zeros(3, BINS)  # probabilities, correct predictions, characters
+        # Pairs as target * V + prediction, with their counts: a (V, V) matrix would be too large for some scripts.
+        self._pairs: list[Tensor] = []
+        self._counts: list[Tensor] = []
 
-    def add(self, part: EvalBatch, logits: Tensor, nats: Tensor) -> None:
-        """Count the targets of ``part`` that no earlier part had.
+    def add(self, batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
+        """Count the targets of ``batch`` that no earlier batch has scored.
 
         Args:
-            part: windows (B, T).
-            logits: of the next characters, (B, T, V).
+            batch: windows (B, T).
+            logits: logits of the next characters, (B, T, V).
             nats: -ln p of the targets, (B, T).
         """
-        stop = nats.size(1)
-        nats, logits, targets = (
-            nats[:, part.already_scored :],
-            logits[:, part.already_scored :],
-            part.targets[:, part.already_scored :],
-        )
-        self._positions[0, part.already_scored : stop] += nats.double().sum(0)
-        self._positions[1, part.already_scored : stop] += nats.size(0)
+        start, stop = batch.already_scored, nats.size(1)
+        nats, logits, targets = nats[:, start:], logits[:, start:], batch.targets[:, start:]
+        self._positions[0, start:stop] += nats.double().sum(0)
+        self._positions[1, start:stop] += nats.size(0)
 
-        highest, guesses = logits.max(-1)
-        chosen = logits.gather(-1, targets[..., None])[..., 0]
-        probabilities = (highest - chosen - nats).exp().clamp(max=1).flatten().double()
+        highest, predictions = logits.max(-1)
+        target_logits = logits.gather(-1, targets[..., None])[..., 0]
+        # The probability of the prediction, without a softmax: ln p = logit - logsumexp for each character.
+        probabilities = (highest - target_logits - nats).exp().clamp(max=1).flatten().double()
         bins = (probabilities * BINS).long().clamp_(max=BINS - 1)
-        hits, ones = (guesses == targets).flatten().double(), torch.ones_like(probabilities)
-        self._bins.index_add_(1, bins, torch.stack((probabilities, hits, ones)))
+        correct, ones = (predictions == targets).flatten().double(), torch.ones_like(probabilities)
+        self._bins.index_add_(1, bins, torch.stack((probabilities, correct, ones)))
 
         targets = targets.flatten()
         self._characters.index_add_(1, targets, torch.stack((nats.flatten().double(), ones)))
-        self._pairs.append(targets * self.tokenizer.vocab_size + guesses.flatten())
+        self._pairs.append(targets * self.tokenizer.vocab_size + predictions.flatten())
         self._counts.append(torch.ones_like(targets))
-        if sum(map(len, self._pairs)) > HELD:
+        if sum(map(len, self._pairs)) > MERGE_AT:
             self._merge()
 
     def _merge(self) -> None:
-        """Hold each pair once, with its count."""
+        """Store each pair once, with its count."""
         pairs, inverse = torch.unique(torch.cat(self._pairs), return_inverse=True)
         counts = torch.zeros_like(pairs).index_add_(0, inverse, torch.cat(self._counts))
         self._pairs, self._counts = [pairs], [counts]
 
     @property
     def accuracy(self) -> float:
-        """The share of characters that were the likeliest."""
-        _, hits, counts = self._bins.sum(1).tolist()
-        return hits / counts
+        """Fraction of characters to which the model gave the highest probability."""
+        _, correct, counts = self._bins.sum(1).tolist()
+        return correct / counts
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error (Guo et al. 2017, eq. 3) of the likeliest characters' probabilities."""
-        probabilities, hits, counts = self._bins
-        return ((probabilities - hits).abs().sum() / counts.sum()).item()
+        """Expected calibration error (Guo et al. 2017, eq. 3) of the probability of the most likely character."""
+        probabilities, correct, counts = self._bins
+        return ((probabilities - correct).abs().sum() / counts.sum()).item()
 
     def positions(self) -> list[Row]:
-        """The loss of the targets at each position of the context, from the first."""
-        rows = zip(*self._positions.tolist(), strict=True)
+        """Return the loss at each position of the context, counted from 1."""
         return [
             {"position": position, "loss": nats / count, "count": int(count)}
-            for position, (nats, count) in enumerate(rows, 1)
+            for position, (nats, count) in enumerate(zip(*self._positions.tolist(), strict=True), 1)
             if count
         ]
 
     def characters(self) -> list[Row]:
-        """The loss of each character that occurs, the most frequent first."""
+        """Return the loss of each character that occurs, the most frequent first."""
         nats, counts = self._characters.tolist()
         order = sorted((index for index, count in enumerate(counts) if count), key=lambda index: -counts[index])
         return [
@@ -121,46 +117,44 @@ class Breakdown:
         ]
 
     def confusions(self) -> list[Row]:
-        """The pairs of a character and another that was thought likelier than any, the most frequent first."""
+        """Return the most frequent pairs of a target and another character that the model preferred to it."""
         self._merge()
         V = self.tokenizer.vocab_size
         pairs, counts = self._pairs[0], self._counts[0]
         wrong = pairs // V != pairs % V
         pairs, counts = pairs[wrong], counts[wrong]
-        order = torch.argsort(counts, descending=True, stable=True)[:PAIRS]
+        order = torch.argsort(counts, descending=True, stable=True)[:MAX_PAIRS]
         totals = self._characters[1].tolist()
         rows = []
         for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
-            target, guess = label(self.tokenizer.characters[pair // V]), label(self.tokenizer.characters[pair % V])
-            share = count / totals[pair // V]
-            rows.append(
-                {"pair": f"{target} as {guess}", "target": target, "guess": guess, "count": count, "share": share}
-            )
+            target, guess = (label(self.tokenizer.characters[index]) for index in divmod(pair, V))
+            names = {"pair": f"{target} as {guess}", "target": target, "guess": guess}
+            rows.append({**names, "count": count, "share": count / totals[pair // V]})
         return rows
 
     def calibration(self) -> list[Row]:
-        """In each bin that has any: the mean probability of the likeliest character, and how often it was right."""
+        """Return the mean probability of the most likely character and its accuracy, for each bin with characters."""
         return [
-            {
-                "predicted": probability / count,
-                "observed": hits / count,
-                "ideal": probability / count,
-                "count": int(count),
-            }
-            for probability, hits, count in zip(*self._bins.tolist(), strict=True)
+            {"predicted": p / count, "observed": correct / count, "ideal": p / count, "count": int(count)}
+            for p, correct, count in zip(*self._bins.tolist(), strict=True)
             if count
         ]
 
+    def tables(self) -> dict[str, list[Row]]:
+        """Return the four tables by name."""
+        tables = (self.positions, self.characters, self.confusions, self.calibration)
+        return {table.__name__: table() for table in tables}
+
     def write(self, folder: Path) -> None:
-        """Write each table as CSV: positions, characters, confusions, calibration."""
-        for table in (self.positions, self.characters, self.confusions, self.calibration):
-            write_csv(folder / f"{table.__name__}.csv", table())
+        """Write each table as a CSV file."""
+        for name, rows in self.tables().items():
+            write_csv(folder / f"{name}.csv", rows)
 
 
 def label(character: str) -> str:
-    """A character for tables and pictures: itself, on a dotted circle if it needs one, or a name if it is unseen."""
-    if character in NAMED:
-        return NAMED[character]
+    """Return a visible form: the character, a name or code point if it is blank, a dotted circle below a mark."""
+    if character in NAMES:
+        return NAMES[character]
     category = unicodedata.category(character)
     if category[0] in "CZ":
         return f"U+{ord(character):04X}"

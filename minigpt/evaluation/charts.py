@@ -1,142 +1,151 @@
-"""Pictures of a training and of its evaluation, for the tracked run and for people."""
+"""Charts as PNG or SVG files, drawn from the plots in ``dvc.yaml``.
+
+``dvc.yaml`` has titles, labels and columns, and ``.dvc/plots`` has Vega-Lite templates. They are filled in as by
+``dvc plots show``, but with one color per column, while DVC has one per revision.
+"""
 
 from __future__ import annotations
 
+import functools
+import html
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+import yaml
 
+from minigpt.errors import UserError
+
+if TYPE_CHECKING:
     from minigpt.evaluation.breakdown import Breakdown
 
-Fonts = dict[str, set[int]]
-"""The code points that fonts have, by their names."""
+Rows = list[dict[str, Any]]
 
-INK, TRAIN, VAL = "#22223b", "#9a8c98", "#c1440e"
+ROOT = Path(__file__).parents[2]
+"""The repository, in which minigpt is installed in editable mode."""
 
-FONTS = (
-    "DejaVu Sans", "Noto Sans Devanagari", "Lohit Devanagari", "Kohinoor Devanagari", "Nirmala UI", "Mangal",
-    "FreeSans", "Noto Sans", "Arial Unicode MS", "Unifont",
-)  # fmt: skip
-"""What characters are drawn in, the first that has them; matplotlib brings only the first."""
+COLORS = ["#945dd6", "#f46837"]
+"""Colors of the first and the second column, from DVC's palette."""
 
-NAMED = 100
-"""Characters that have their name beside them in a picture, the most frequent."""
+HIGHLIGHT = {"condition": {"test": "datum.model === 'this model'", "value": COLORS[1]}, "value": COLORS[0]}
+"""Colors of a chart with one column: the bar of the model differs from those of the n-gram models."""
+
+LEGEND = {"train_loss": "training", "val_loss": "validation"}
+"""Names of columns in the legend, where they differ."""
+
+MAX_CHARACTERS = 200
+"""Characters in a chart, the most frequent ones. Looking up whether a font has a character takes about 3 ms."""
+
+VEGA_LITE = "5.21"
+"""Release of Vega-Lite that renders. The templates are written for major version 5, as DVC's own templates are."""
 
 
-def loss(history: list[dict[str, float]], title: str, target: Path) -> None:
-    """Draw both losses over the steps, the best one marked.
+def loss_chart(history: list[dict[str, float]], title: str, target: Path) -> None:
+    """Draw the training and validation loss over the steps, with the best step marked.
 
     Args:
         history: rows with ``step``, ``train_loss`` and ``val_loss`` in nats per character.
-        title: stands above.
-        target: a file name; its ending chooses the format.
+        title: heading of the picture.
+        target: file to write; its suffix selects PNG or SVG.
+
+    Raises:
+        UserError: ``dvc.yaml`` or a template is missing.
     """
-    from matplotlib.figure import Figure
-
-    steps = [row["step"] for row in history]
-    best = min(history, key=lambda row: row["val_loss"])
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, [row["train_loss"] for row in history], color=TRAIN, label="training")
-    axes.plot(steps, [row["val_loss"] for row in history], color=VAL, label="validation")
-    axes.plot(best["step"], best["val_loss"], "o", color=VAL)
-    axes.annotate(
-        f"best: {best['val_loss']:.4f} at step {best['step']:,.0f}",
-        (best["step"], best["val_loss"]),
-        xytext=(-6, 14),
-        textcoords="offset points",
-        ha="right",
-        color=INK,
-    )
-    _dress(axes, title, "step", "nats per character")
-    axes.legend(frameon=False)
-    figure.savefig(target, dpi=150)
+    (chart,) = _charts({"history": history}, "loss")
+    render([[{**chart, "width": 560}]], title, target)
 
 
-def evaluation(report: Breakdown, compared: list[dict[str, Any]], title: str, target: Path) -> None:
-    """Draw the tables of an evaluation.
+def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: Path) -> None:
+    """Draw the tables of an evaluation: five charts in one picture.
 
     Args:
-        report: of the validation split.
-        compared: rows with ``model`` and ``loss``; the first is the model of the report.
-        title: stands above.
-        target: a file name; its ending chooses the format.
+        breakdown: tables of the validation split.
+        compared: rows with ``model`` and ``loss``, for the model and for the n-gram models.
+        title: heading of the picture.
+        target: as in :func:`loss_chart`, which has the same errors.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    tables = {"baselines": compared, **breakdown.tables()}
+    tables["characters"] = tables["characters"][:MAX_CHARACTERS]
+    rows = [("baselines", "calibration", "positions"), ("characters", "confusions")]
+    render([_charts(tables, *names) for names in rows], title, target)
 
-    fonts = _fonts()
-    pairs = [
-        {**row, "pair": f"{_drawn(row['target'], fonts)} as {_drawn(row['guess'], fonts)}"}
-        for row in report.confusions()[:15]
+
+def render(rows: list[Rows], title: str, target: Path) -> None:
+    """Write rows of charts under a heading, as PNG or SVG by the suffix of ``target``."""
+    import vl_convert
+
+    # By default, concatenated charts share one legend, and bars leave room for the bars of the other charts.
+    resolve = {"scale": {"color": "independent", "yOffset": "independent"}}
+    picture = {
+        "title": {"text": title, "anchor": "middle", "fontSize": 16, "offset": 16},
+        "vconcat": [{"hconcat": charts, "resolve": resolve} for charts in rows],
+        "resolve": resolve,
+        "background": "white",
+        "padding": 16,
+    }
+    if target.suffix == ".svg":
+        target.write_text(vl_convert.vegalite_to_svg(picture, vl_version=VEGA_LITE), encoding="utf-8")
+    else:
+        target.write_bytes(vl_convert.vegalite_to_png(picture, vl_version=VEGA_LITE, scale=2))
+
+
+def _charts(tables: dict[str, Rows], *names: str) -> Rows:
+    """Return the plots ``names`` of ``dvc.yaml``, given the rows of each CSV file by its stem."""
+    from dvc_render.exceptions import DvcRenderError
+
+    try:
+        listed = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["plots"]
+        plots = {name: plot for entry in listed for name, plot in entry.items()}
+        return [_fill_template(name, plots[name], tables) for name in names]
+    except (OSError, KeyError, DvcRenderError) as error:
+        raise UserError(f"{ROOT / 'dvc.yaml'}: cannot draw the plots {', '.join(names)}: {error!r}") from None
+
+
+def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> dict[str, Any]:
+    """Return the Vega-Lite chart of one plot of ``dvc.yaml``."""
+    from dvc_render.vega_templates import get_template
+
+    ((file, columns),) = plot["y"].items()
+    columns = [columns] if isinstance(columns, str) else columns
+    series = [LEGEND.get(column, column) for column in columns]
+    data = [
+        {key: _drawable(cell) for key, cell in row.items()}
+        | {"value": _drawable(row[column]), "field": column, "rev": name_in_legend}
+        for column, name_in_legend in zip(columns, series, strict=True)
+        for row in tables[Path(file).stem]
     ]
-    with rc_context({"font.family": list(fonts)}):
-        figure = Figure(figsize=(13, 8), layout="constrained")
-        figure.suptitle(title, parse_math=False)
-        grid = figure.add_gridspec(2, 3)
-        _bars(figure.add_subplot(grid[0, 0]), compared, "model", "loss", title="Beside counting, nats", form="{:.3f}")
-        _positions(figure.add_subplot(grid[0, 1]), report)
-        _calibration(figure.add_subplot(grid[0, 2]), report)
-        _characters(figure.add_subplot(grid[1, :2]), report, fonts)
-        _bars(figure.add_subplot(grid[1, 2]), pairs, "pair", "count", title="Most confused pairs, times", form="{:,}")
-        figure.savefig(target, dpi=120)
+    by_series = {"field": "rev", "type": "nominal", "title": None, "scale": {"domain": series, "range": COLORS}}
+    anchors = plot | {
+        "data": data,
+        "x": plot["x"] if isinstance(plot["x"], str) else plot["x"][file],
+        "y": "value",
+        "color": by_series if len(columns) > 1 else HIGHLIGHT,
+        "plot_width": 300,
+        "plot_height": 300,
+        "zoom_and_pan": {"name": f"unused_{name}", "value": 0},  # a picture cannot zoom; names must be unique
+        "stroke_dash": {},
+        "tooltip": [],
+    }
+    template = get_template(plot["template"], str(ROOT / ".dvc" / "plots"))
+    for anchor, value in anchors.items():
+        template.fill_anchor(anchor, value)
+    return dict(template.content)
 
 
-def _bars(axes: Axes, rows: list[dict[str, Any]], name: str, value: str, *, title: str, form: str) -> None:
-    values = [row[value] for row in rows]
-    colors = [VAL, *[TRAIN] * (len(rows) - 1)] if name == "model" else TRAIN
-    bars = axes.barh(range(len(rows)), values, color=colors)
-    axes.bar_label(bars, [f" {form.format(number)}" for number in values], color=INK, fontsize=8)
-    axes.set_yticks(range(len(rows)), [row[name] for row in rows], parse_math=False)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    _dress(axes, title, "", "")
+def _drawable(cell: Any) -> Any:
+    """Return a cell of a table; in a text, the code point replaces each character that no installed font has."""
+    if not isinstance(cell, str):
+        return cell
+    # A combining mark comes after a dotted circle, which a code point does not need.
+    return re.sub("\u25cc?(.)", lambda found: found[0] if _has_glyph(found[1]) else f"U+{ord(found[1]):04X}", cell)
 
 
-def _positions(axes: Axes, report: Breakdown) -> None:
-    rows = report.positions()
-    axes.plot([row["position"] for row in rows], [row["loss"] for row in rows], color=VAL, linewidth=1)
-    axes.set_xscale("log")
-    _dress(axes, "Loss by position", "characters of context", "nats per character")
+@functools.cache
+def _has_glyph(character: str) -> bool:
+    """Return whether a character is drawn unlike U+0378, which Unicode has not assigned."""
+    import vl_convert
 
-
-def _calibration(axes: Axes, report: Breakdown) -> None:
-    rows = report.calibration()
-    axes.plot([0, 1], [0, 1], color=TRAIN, linestyle=":")
-    axes.plot([row["predicted"] for row in rows], [row["observed"] for row in rows], "o-", color=VAL)
-    title = f"Calibration: error {report.calibration_error:.4f}"
-    _dress(axes, title, "probability of the likeliest character", "how often it came")
-
-
-def _characters(axes: Axes, report: Breakdown, fonts: Fonts) -> None:
-    rows = report.characters()
-    axes.scatter([row["count"] for row in rows], [row["loss"] for row in rows], color=TRAIN, s=8)
-    for row in rows[:NAMED]:
-        name = _drawn(row["character"], fonts)
-        place = (row["count"], row["loss"])
-        axes.annotate(name, place, (2, 2), textcoords="offset points", color=INK, parse_math=False)
-    axes.set_xscale("log")
-    _dress(axes, "Loss by character", "how often it occurs", "nats")
-
-
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _fonts() -> Fonts:
-    """Those of FONTS that are installed."""
-    from matplotlib.font_manager import findfont, fontManager, get_font
-
-    installed = set(fontManager.get_font_names())
-    return {name: set(get_font(findfont(name)).get_charmap()) for name in FONTS if name in installed}
-
-
-def _drawn(name: str, fonts: Fonts) -> str:
-    """``name``, or the code point of its last character where no font has one of its characters."""
-    has_all = all(any(ord(character) in known for known in fonts.values()) for character in name)
-    return name if has_all else f"U+{ord(name[-1]):04X}"
+    text = '<text y="30" font-family="sans-serif">{}</text>'  # Vega's font
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{text}</svg>'
+    drawn, missing = (vl_convert.svg_to_png(svg.format(html.escape(one))) for one in (character, "\u0378"))
+    return bool(drawn != missing)

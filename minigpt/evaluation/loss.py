@@ -1,4 +1,4 @@
-"""The exact loss of a split: nats summed over every character, divided once by their number."""
+"""Exact loss of a split: the sum of nats over every character, divided once by their number."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 @dataclass(frozen=True)
 class Score:
-    """How well characters were predicted.
+    """Sums over the scored characters, from which the loss and its errors follow.
 
     Attributes:
-        nats: the sum of -ln p over the characters.
-        count: how many characters were scored.
-        of: how many the split has to score.
-        windows: how many windows they were scored in.
-        squares: over the windows, the sum of (their nats - loss * their characters)^2.
+        nats: sum of -ln p over the scored characters.
+        count: number of scored characters.
+        total: number of characters that the split has to score.
+        windows: number of windows that were scored.
+        squares: sum over the windows of (nats of the window - loss * characters of the window)^2.
     """
 
     nats: float
     count: int
-    of: int
+    total: int
     windows: int
     squares: float
 
@@ -40,20 +40,20 @@ class Score:
 
     @property
     def bits(self) -> float:
-        """Bits per character: the loss over ln 2."""
+        """Bits per character: the loss divided by ln 2."""
         return self.loss / math.log(2)
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): how many equally likely characters it was like choosing from."""
+        """exp(loss), the number of equally likely characters with the same loss."""
         return math.exp(self.loss)
 
     @property
     def standard_error(self) -> float:
-        """Of the loss, in nats, as an estimate for all text of the split's kind; nan for less than two windows.
+        """Standard error of the loss in nats, as an estimate for all text like the split; nan below two windows.
 
-        That of a ratio of sums over windows taken to be independent (Cochran 1977, eq. 6.4): characters within a
-        window depend on each other as they may. It is too small where windows are shorter than what a text keeps to.
+        This is the error of a ratio of sums over independent windows (Cochran 1977, eq. 6.4). Characters within a
+        window may depend on each other. The error is too small if the text has dependencies longer than a window.
         """
         if self.windows < 2:
             return math.nan
@@ -61,16 +61,15 @@ class Score:
 
     @property
     def sampling_error(self) -> float:
-        """Of the loss, in nats, as an estimate for the split: 0 where all of it was scored.
+        """Standard error of the loss in nats, as an estimate for the whole split; 0 if all of it was scored.
 
-        The standard error with the finite population correction. Windows spread evenly are taken as drawn at random,
-        which seldom flatters them.
+        It has the finite population correction, and treats evenly spaced windows as a random sample: rarely too small.
         """
-        return 0.0 if self.count == self.of else self.standard_error * math.sqrt(1 - self.count / self.of)
+        return 0.0 if self.count == self.total else self.standard_error * math.sqrt(1 - self.count / self.total)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats of ``targets`` (B, T) under ``logits`` (B, T, V): their mean, or with reduction "none" each, (B * T,)."""
+    """Return the nats of ``targets`` (B, T) under ``logits`` (B, T, V): the mean, or (B * T,) with reduction "none"."""
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction=reduction)
 
 
@@ -82,38 +81,39 @@ def score(
     max_chars: int | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
     *,
-    watch: Callable[[EvalBatch, Tensor, Tensor], None] | None = None,
+    callback: Callable[[EvalBatch, Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Score every target of ``split`` once, without dropout.
 
     Args:
-        model: on the device of the split; its mode is put back afterwards.
-        split: what is scored.
-        stride: characters between windows of the model's context; None for no overlap.
-        max_chars: of a longer split, score about this many characters, spread evenly.
-        group: processes that share the work; all get the whole result.
-        watch: told of each part that this process scores: windows, logits (B, T, V), and nats (B, T).
+        model: on the device of the split. Its training or evaluation mode is restored afterwards.
+        split: the tokens to score.
+        stride: characters between the starts of two windows of block_size; None for no overlap.
+        max_chars: score about this many characters, evenly spaced, if the split has more.
+        group: processes that share the work. Each returns the same result.
+        callback: called for each batch of this process with the windows, the logits (B, T, V) and the nats (B, T).
     """
     training = model.training
     model.eval()
     block_size = model.config.block_size
     totals = torch.zeros(6, dtype=torch.float64, device=split.device)
-    parts = split.eval_batches(block_size, stride or block_size, max_chars, (group.rank, group.world_size))
-    for part in group.pad_to_longest(parts):
-        if part is None:
+    batches = split.eval_batches(block_size, stride or block_size, max_chars, (group.rank, group.world_size))
+    for batch in group.pad_to_longest(batches):
+        if batch is None:  # a sharded model gathers its weights in forward, so every rank has to call it
             model(torch.zeros(1, 1, dtype=torch.int64, device=totals.device))
             continue
-        logits = model(part.ids)
-        nats = cross_entropy(logits, part.targets, reduction="none").view(part.targets.shape)
-        sums = nats[:, part.already_scored :].double().sum(1)
-        lengths = torch.full_like(sums, nats.size(1) - part.already_scored)
+        logits = model(batch.ids)
+        nats = cross_entropy(logits, batch.targets, reduction="none").view(batch.targets.shape)
+        sums = nats[:, batch.already_scored :].double().sum(1)
+        lengths = torch.full_like(sums, nats.size(1) - batch.already_scored)
         products = (sums, lengths, sums * sums, sums * lengths, lengths * lengths, torch.ones_like(sums))
         totals += torch.stack(products).sum(1)
-        if watch:
-            watch(part, logits, nats)
+        if callback:
+            callback(batch, logits, nats)
     group.all_reduce_sum(totals)
     model.train(training)
     nats_sum, count, nats_squared, mixed, count_squared, windows = totals.tolist()
     loss = nats_sum / count
+    # Expands the square of Score.squares; rounding could leave a small negative number.
     squares = max(0.0, nats_squared - 2 * loss * mixed + loss * loss * count_squared)
     return Score(nats_sum, int(count), len(split) - 1, int(windows), squares)

@@ -1,14 +1,14 @@
-"""The page of ``dvc plots show`` and ``dvc plots diff``, whole in itself, so that it opens without a network.
+"""Page template for ``dvc plots show`` and ``dvc plots diff`` that works without a network.
 
-DVC's own page fetches the scripts that draw it. ``python -m minigpt.page`` writes them into a page of this machine
-and tells DVC of it in ``.dvc/config.local``; git ignores both. The scripts come from the package vl-convert-python.
+DVC's default page loads its scripts from a CDN. ``minigpt plots-page`` writes a page that contains the scripts of the
+package vl-convert-python, and sets it as DVC's template in ``.dvc/config.local``. Git ignores both files.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from minigpt.errors import UserError, run
+from minigpt.errors import UserError
 
 PAGE = Path(".dvc/plots/page.html")
 
@@ -26,21 +26,22 @@ HTML = """<!DOCTYPE html>
 </body>
 </html>
 """
-"""What DVC fills in; in place of its scripts from the network, those of this machine."""
+"""The page: DVC fills in ``{refresh_tag}`` and ``{plot_divs}``; a scripts bundle takes the place of DVC's tags."""
 
 
-def main() -> None:
-    """Write the page, and have DVC use it.
+def write_page() -> None:
+    """Write the page and set it as the template of the DVC repository in the working directory.
 
     Raises:
-        UserError: this is no DVC repository.
+        UserError: the working directory is not the root of a DVC repository.
     """
     import vl_convert
     from dvc.config import Config
 
     if not Path(".dvc").is_dir():
         raise UserError(".dvc: no such folder; run this from the root of the repository")
-    version = next(one for one in reversed(vl_convert.get_vegalite_versions()) if one.startswith("5."))  # DVC's
+    # DVC's templates are written for Vega-Lite 5.
+    version = next(one for one in reversed(vl_convert.get_vegalite_versions()) if one.startswith("5."))
     scripts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     temporary = PAGE.with_suffix(".tmp")
     temporary.parent.mkdir(exist_ok=True)
@@ -48,7 +49,3 @@ def main() -> None:
     temporary.replace(PAGE)
     with Config(Path(".dvc").resolve()).edit("local") as local:
         local["plots"]["html_template"] = PAGE.relative_to(".dvc").as_posix()
-
-
-if __name__ == "__main__":
-    run(main)

@@ -2,30 +2,33 @@ import json
 
 import pytest
 import torch
+from helpers.pictures import pixels, texts
 from helpers.workspace import ROOT, python
+from PIL import Image
 
 from benchmarks import peers
-from benchmarks.__main__ import middle, rows
+from benchmarks.__main__ import draw, middle, rows
 from benchmarks.contenders import MEASURES
+from minigpt.evaluation.charts import COLORS
 
 
-def test_every_measure_has_this_project_first():
+def test_every_measure_lists_this_project_first():
     assert all(next(iter(contenders)).startswith("minigpt") for contenders in MEASURES.values())
 
 
 @pytest.mark.parametrize("unit, peer, ratio", [("characters per second", 50, "2"), ("seconds", 200, "2")])
-def test_a_ratio_above_one_means_that_the_project_is_better(unit, peer, ratio):
+def test_ratio_above_one_means_the_project_is_better(unit, peer, ratio):
     found = {"minigpt": middle([{"value": 100}, {"value": 90}, {"value": 500}]), "peer": middle([{"value": peer}])}
     (_, ours, one, _), (_, _, theirs, _) = rows(f"something, {unit}", found)
     assert (ours, one, theirs) == ("100", "1", ratio)
 
 
-def test_a_peer_that_is_not_installed_is_told_of():
+def test_missing_peer_is_reported():
     found = {"minigpt": middle([{"value": 1.0}]), "peer": middle([{"missing": "no such package"}])}
     assert rows("something, seconds", found)[1][-1] == "not measured: no such package"
 
 
-def test_a_benchmark_runs_and_writes_its_results(tmp_path):
+def test_benchmark_writes_its_results(tmp_path):
     arguments = ["--rounds", "2", "--megabytes", "1", "--text", "data/songs.txt", "--results", tmp_path]
     ran = python("-m", "benchmarks", "encoding", *arguments, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
@@ -35,18 +38,32 @@ def test_a_benchmark_runs_and_writes_its_results(tmp_path):
         assert len(figures["values"]) == 2
         assert figures["megabytes"] == pytest.approx(1, rel=0.1)
     assert written["machine"]["torch"] == torch.__version__
-    assert next(tmp_path.glob("*.png")).stat().st_size > 5000
+    picture = next(tmp_path.glob("*.png"))
+    assert pixels(picture, COLORS[0]) > 1000
+    with Image.open(picture) as image:
+        assert image.width > 800
+
+
+def test_picture_has_a_bar_and_a_ratio_per_peer(tmp_path):
+    seconds = {"minigpt": 2.0, "a peer": 5.0, "a slow peer": 246.0}
+    found = {name: middle([{"value": value}]) for name, value in seconds.items()}
+    missing = {"not installed": middle([{"missing": "no such package"}])}
+    results = {"machine": {"device": "a processor"}, "measures": {"something, seconds": found | missing}}
+    draw(results, tmp_path / "bars.svg")
+    shown = texts(tmp_path / "bars.svg")
+    assert {"a processor", "times better than the peer", "2.5", "123"} <= set(shown)
+    assert [text for text in shown if text.startswith("something")] == ["something: a peer", "something: a slow peer"]
 
 
 @pytest.mark.parametrize("arguments", [["encoding", "--text", "absent.txt"], ["nothing-of-that-name"]])
-def test_a_mistake_is_told_in_a_line(arguments, tmp_path):
+def test_usage_error_is_one_line_without_a_traceback(arguments, tmp_path):
     ran = python("-m", "benchmarks", *arguments, "--results", tmp_path, cwd=ROOT)
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
     assert arguments[-1] in ran.stderr
 
 
-def test_the_reference_attends_only_to_the_past():
+def test_reference_model_attends_only_to_the_past():
     torch.manual_seed(0)
     model = peers.Reference(11, n_layer=2, n_head=2, n_embd=8, block_size=6)
     ids = torch.randint(11, (2, 6))
@@ -58,7 +75,7 @@ def test_the_reference_attends_only_to_the_past():
     assert model.generate(ids, 3).shape == (2, 9)
 
 
-def test_nanogpts_learning_rate_has_its_documented_ends():
+def test_nanogpt_learning_rate_matches_its_documentation():
     rate = peers.NanoGPTTraining.learning_rate
     assert rate(100) == pytest.approx(1e-3)
     assert rate(1050) == pytest.approx(5.5e-4)

@@ -1,49 +1,104 @@
-import warnings
+import json
 
-import matplotlib
+import pytest
 import torch
+import yaml
+from helpers.pictures import pixels, texts
+from helpers.workspace import ROOT
+from PIL import Image
 
 from minigpt.data.dataset import EvalBatch
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.errors import UserError
 from minigpt.evaluation import charts
 from minigpt.evaluation.breakdown import Breakdown
+from minigpt.evaluation.charts import COLORS, evaluation_chart, loss_chart
+
+HISTORY = [{"step": step, "train_loss": 3 / (step + 1), "val_loss": abs(step - 3) + 1.0} for step in range(6)]
+COMPARED = [{"model": "this model", "loss": 1.5}, {"model": "uniform", "loss": 2.0}]
 
 
-def test_the_loss_is_drawn(tmp_path):
-    history = [{"step": step, "train_loss": 3 / (step + 1), "val_loss": abs(step - 3) + 1.0} for step in range(6)]
-    charts.loss(history, "a title", tmp_path / "loss.svg")
-    drawn = (tmp_path / "loss.svg").read_text()
-    assert "<svg" in drawn
-    charts.loss(history, "another", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_of_an_evaluation_are_drawn_in_any_script(tmp_path, monkeypatch):
-    monkeypatch.setattr(charts, "FONTS", ["DejaVu Sans", "no such font"])
-    report = Breakdown(4, Tokenizer("\n $_a\u0915\u093f\u4e00"), "cpu")
+@pytest.fixture
+def breakdown():
+    """Tables of random predictions over characters of three scripts."""
+    tables = Breakdown(4, Tokenizer("\n $_a\u0915\u093f\u4e00"), "cpu")
     targets = torch.randint(8, (50, 4), generator=torch.Generator().manual_seed(0))
     logits = torch.randn(50, 4, 8, generator=torch.Generator().manual_seed(1))
-    report.add(EvalBatch(targets, targets, 0), logits, -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0])
-    rows = [{"model": "this model", "loss": 1.5}, {"model": "uniform", "loss": 2.0}]
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
-        warnings.simplefilter("error")  # matplotlib warns of glyphs that its font lacks
-        charts.evaluation(report, rows, "a $title_ of$", tmp_path / "evaluation.svg")
-    drawn = (tmp_path / "evaluation.svg").read_text()
-    for text in (
-        "this model",
-        "1.500",
-        f"error {report.calibration_error:.4f}",
-        "newline",
-        "a $title_ of$",
-        "U+0915",
-        "U+093F",
-    ):
-        assert text in drawn, text
+    tables.add(EvalBatch(targets, targets, 0), logits, -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0])
+    return tables
 
 
-def test_a_character_is_drawn_in_the_first_font_that_has_it(monkeypatch):
-    monkeypatch.setattr(charts, "FONTS", ["DejaVu Sans", "STIXGeneral"])
-    fonts = charts._fonts()
-    only_there = chr(min(fonts["STIXGeneral"] - fonts["DejaVu Sans"]))
-    assert charts._drawn(only_there, fonts) == only_there
-    assert charts._drawn(only_there, {"DejaVu Sans": fonts["DejaVu Sans"]}) == f"U+{ord(only_there):04X}"
+def test_loss_chart_names_both_losses_and_marks_the_best_step(tmp_path):
+    loss_chart(HISTORY, "a <title>", tmp_path / "loss.svg")
+    found = texts(tmp_path / "loss.svg")
+    assert {"a <title>", "Training and validation loss", "step", "loss (nats per character)"} <= set(found)
+    assert [text for text in found if text in ("training", "validation")] == ["training", "validation"]
+    assert [text for text in found if text.startswith("best")] == ["best: 1.0000 at step 3"]
+
+
+def test_loss_chart_as_png_shows_each_loss_in_its_color(tmp_path):
+    loss_chart(HISTORY, "a title", tmp_path / "both.png")
+    # Falling training loss below a higher validation loss: without the latter, its color is missing.
+    loss_chart([row | {"val_loss": None} for row in HISTORY], "a title", tmp_path / "one.png")
+    with Image.open(tmp_path / "both.png") as image:
+        assert image.width > 1000
+        assert image.height > 600
+    assert min(pixels(tmp_path / "both.png", color) for color in COLORS) > 1000
+    assert pixels(tmp_path / "one.png", COLORS[1]) < 500 < pixels(tmp_path / "one.png", COLORS[0])
+
+
+def test_evaluation_chart_shows_every_table(breakdown, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "_has_glyph", lambda character: character != "\u4e00")
+    evaluation_chart(breakdown, COMPARED, "a $title_ of$", tmp_path / "evaluation.svg")
+    found = texts(tmp_path / "evaluation.svg")
+    plots = {
+        name: plot for entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name, plot in entry.items()
+    }
+    for plot in (plot for name, plot in plots.items() if name != "loss"):
+        assert {plot["title"], plot["x_label"], plot["y_label"]} - {""} <= set(found), plot
+    assert {"a $title_ of$", "this model", "uniform", "1.5", "observed", "ideal"} <= set(found)
+    labels = {"newline", "space", "$", "_", "a", "\u0915", "\u25cc\u093f", "U+4E00"}
+    assert labels <= set(found)
+    pairs = [row["pair"].replace("\u4e00", "U+4E00") for row in breakdown.confusions()]
+    assert [text for text in found if " as " in text] == pairs
+
+
+def test_evaluation_chart_as_png_highlights_the_model(breakdown, tmp_path):
+    evaluation_chart(breakdown, COMPARED, "a title", tmp_path / "with.png")
+    evaluation_chart(breakdown, [COMPARED[1], COMPARED[1] | {"model": "unigram"}], "a title", tmp_path / "without.png")
+    assert pixels(tmp_path / "with.png", COLORS[1]) > pixels(tmp_path / "without.png", COLORS[1]) + 5000
+    assert pixels(tmp_path / "with.png", COLORS[0]) > 5000
+
+
+def test_only_the_most_frequent_characters_are_drawn(breakdown, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "MAX_CHARACTERS", 2)
+    evaluation_chart(breakdown, COMPARED, "a title", tmp_path / "evaluation.svg")
+    first, second, *others = [charts._drawable(row["character"]) for row in breakdown.characters()]
+    found = texts(tmp_path / "evaluation.svg")
+    assert {first, second} <= set(found)
+    assert not set(others) & set(found)
+
+
+def test_characters_without_a_font_are_drawn_as_code_points(monkeypatch):
+    assert charts._has_glyph("a")
+    assert charts._has_glyph("<")
+    assert not charts._has_glyph("\u0379")  # not assigned, so no font has it
+    monkeypatch.setattr(charts, "_has_glyph", lambda character: character < "\u0900" or character == "\u25cc")
+    assert charts._drawable("\u25cc\u093f as \u0915") == "U+093F as U+0915"
+    assert charts._drawable("\u25cc") == "\u25cc"
+
+
+def test_every_anchor_of_the_templates_is_filled(breakdown):
+    tables = {"history": HISTORY, "baselines": COMPARED, **breakdown.tables()}
+    names = ["loss", "baselines", "calibration", "positions", "characters", "confusions"]
+    assert "<DVC_METRIC" not in json.dumps(charts._charts(tables, *names))
+
+
+def test_missing_plots_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"dvc.yaml: cannot draw the plots loss: FileNotFoundError"):
+        loss_chart(HISTORY, "a title", tmp_path / "loss.png")
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    with pytest.raises(UserError, match="Template 'loss' not found"):
+        loss_chart(HISTORY, "a title", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()

@@ -10,7 +10,7 @@ from minigpt.data.tokenizer import Tokenizer, code_points
 from minigpt.evaluation import memorization
 from minigpt.evaluation.memorization import GRAM, Copied, compare
 
-few = st.text(alphabet="ab", max_size=40)
+short_texts = st.text(alphabet="ab", max_size=40)
 
 
 def ids(text):
@@ -18,14 +18,14 @@ def ids(text):
 
 
 def brute_force(text, train):
-    runs = [text[i : i + n] for n in range(len(text), 0, -1) for i in range(len(text) - n + 1)]
-    longest = next((run for run in runs if run in train), "")
+    substrings = [text[i : i + n] for n in range(len(text), 0, -1) for i in range(len(text) - n + 1)]
+    longest = next((substring for substring in substrings if substring in train), "")
     grams = [text[i : i + GRAM] for i in range(len(text) - GRAM + 1)]
     return Copied(text.find(longest), len(longest), sum(gram in train for gram in grams), len(grams))
 
 
-@given(texts=st.lists(few, min_size=1, max_size=3), train=few, chunk=st.integers(1, 50))
-def test_the_longest_shared_run_and_the_shared_grams_by_brute_force(texts, train, chunk):
+@given(texts=st.lists(short_texts, min_size=1, max_size=3), train=short_texts, chunk=st.integers(1, 50))
+def test_copied_substrings_match_brute_force(texts, train, chunk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memorization, "CHUNK", chunk)
         found = memorization.find_copied([ids(text) for text in texts], ids(train))
@@ -35,11 +35,11 @@ def test_the_longest_shared_run_and_the_shared_grams_by_brute_force(texts, train
 @given(
     text=st.text(alphabet="abcde\u0915\u093f", max_size=60), train=st.text(alphabet="abcdf\u0915\u093f", max_size=200)
 )
-def test_characters_that_only_one_of_them_has_end_a_run(text, train):
+def test_substring_ends_at_a_character_the_other_text_lacks(text, train):
     assert memorization.find_copied([ids(text)], ids(train)) == [brute_force(text, train)]
 
 
-def test_a_run_that_spans_parts_is_found_whole(monkeypatch):
+def test_substring_across_chunks_is_found_whole(monkeypatch):
     train = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint8)
     copied = train[4_000:4_700]
     monkeypatch.setattr(memorization, "CHUNK", 1000)
@@ -47,13 +47,13 @@ def test_a_run_that_spans_parts_is_found_whole(monkeypatch):
     assert found == Copied(2, 700, 693, 696)
 
 
-def test_of_a_very_long_text_chunks_from_end_to_end_are_searched(monkeypatch):
+def test_chunks_of_a_very_long_text_are_spread_from_end_to_end(monkeypatch):
     train = np.random.default_rng(0).integers(0, 50, 20_000).astype(np.uint8)
     monkeypatch.setattr(memorization, "CHUNK", 1000)
-    monkeypatch.setattr(memorization, "SEARCHED", 5000)
+    monkeypatch.setattr(memorization, "MAX_SEARCHED", 5000)
     found = memorization.find_copied([train[begin : begin + 20] for begin in (200, 19_950, 1500)], train)
-    assert [one.length for one in found[:2]] == [20, 20]
-    assert found[2].length < 20  # it stands between two of them
+    assert [copied.length for copied in found[:2]] == [20, 20]
+    assert found[2].length < 20  # it is between two chunks
 
 
 def corpus_of(text, val_characters):
@@ -63,7 +63,7 @@ def corpus_of(text, val_characters):
     return Corpus(Split(tokens[:-val_characters]), Split(tokens[-val_characters:]), tokenizer, "")
 
 
-def test_the_prompt_does_not_count_and_the_run_is_quoted():
+def test_prompt_is_not_searched_for_and_the_copied_text_is_quoted():
     text = (ROOT / "data/songs.txt").read_text()
     corpus = corpus_of(text, 1500)
     copied, mixed = text[5000:5060], text[300:330][::-1]
@@ -75,13 +75,12 @@ def test_the_prompt_does_not_count_and_the_run_is_quoted():
     assert summary["memorised"]["longest_run"] == 60
     assert 0 < summary["memorised"]["share_of_8_grams"] < 1
     held_out = [brute_force(text[-1500:][begin:end], text[:-1500]) for begin, end in ((0, 30), (1440, 1500))]
-    assert summary["held_out"]["longest_run"] == max(one.length for one in held_out)
-    assert summary["held_out"]["share_of_8_grams"] == sum(one.grams for one in held_out) / sum(
-        one.of for one in held_out
-    )
+    assert summary["held_out"]["longest_run"] == max(copied.length for copied in held_out)
+    grams, total = sum(copied.grams for copied in held_out), sum(copied.total for copied in held_out)
+    assert summary["held_out"]["share_of_8_grams"] == grams / total
 
 
-def test_what_has_no_characters_has_no_runs():
+def test_empty_text_has_no_copied_substring():
     rows, summary = compare([("a", "a"), ("b", "b")], corpus_of("abcabcabc", 4))
     assert [row["longest_run"] for row in rows] == [0, 0]
     assert [row["run"] for row in rows] == ["", ""]

@@ -6,11 +6,11 @@ from helpers.workspace import ROOT, SHAKESPEARE
 
 from minigpt.data.tokenizer import code_points
 from minigpt.evaluation import ngrams
-from minigpt.evaluation.ngrams import NGrams, discounts, losses
+from minigpt.evaluation.ngrams import NGrams, discounts, ngram_losses
 
 
 def markov(order, vocab_size, length, seed=0):
-    """A text of a random source whose characters depend on the last ``order``, and its entropy in nats by character."""
+    """Return a random text whose characters depend on the last ``order``, and its entropy in nats per character."""
     random = np.random.default_rng(seed)
     table = random.dirichlet(np.full(vocab_size, 0.5), vocab_size**order)
     draws, tokens, nats = random.random(length), [0] * order, 0.0
@@ -30,13 +30,13 @@ def ids_of(text):
 
 
 def probabilities(train, vocab_size, context):
-    """Of each character after ``context``, under each order: shape (order, V)."""
+    """Return the probability of each character after ``context`` under each order, shape (order, V)."""
     model = NGrams(np.asarray(train), vocab_size)
     ends = [model.nats(np.array([*context, character]))[:, -1] for character in range(vocab_size)]
     return np.exp(-np.stack(ends, 1))
 
 
-def test_the_probabilities_of_all_characters_sum_to_one():
+def test_probabilities_sum_to_one():
     random = np.random.default_rng(1)
     train = random.integers(0, 5, 400) * random.integers(0, 2, 400)
     for context in ([0], [4, 0], [0, 0, 0, 0, 0], [1, 2, 3, 4, 1, 2], [6, 6], [5, 0, 0], train[-6:], train[:6]):
@@ -45,7 +45,7 @@ def test_the_probabilities_of_all_characters_sum_to_one():
 
 
 def brute_force(train, val, vocab_size, order):
-    """-ln p of the last character of ``val``, by the formulas with dictionaries."""
+    """Return -ln p of the last character of ``val``, by the formulas and with dictionaries."""
 
     def grams(n):
         counts = {}
@@ -77,7 +77,7 @@ def brute_force(train, val, vocab_size, order):
     return -math.log(probability(order, grams(order), list(val[:-1]), val[-1]))
 
 
-def test_every_order_is_as_the_formulas_say():
+def test_every_order_matches_the_formulas():
     random = np.random.default_rng(2)
     train = random.integers(0, 4, 120) * random.integers(0, 2, 120)
     model = NGrams(train, 4)
@@ -87,65 +87,65 @@ def test_every_order_is_as_the_formulas_say():
         np.testing.assert_allclose(model.nats(val)[:, -1], expected, rtol=1e-12)
 
 
-def test_a_trigram_finds_the_entropy_of_a_source_of_order_two():
+def test_trigram_reaches_the_entropy_of_a_source_of_order_two():
     tokens, entropy = markov(2, 5, 60_000)
-    found = losses(tokens[:50_000], tokens[50_000:], 5)
+    found = ngram_losses(tokens[:50_000], tokens[50_000:], 5)
     assert found["3-gram"] == pytest.approx(entropy, abs=0.02)
     assert found["2-gram"] > entropy + 0.1
     assert entropy - 0.02 < found["6-gram"] < entropy + 0.1
     assert found["uniform"] == pytest.approx(math.log(5))
 
 
-def test_a_unigram_finds_the_entropy_of_a_source_of_order_none():
+def test_unigram_reaches_the_entropy_of_a_source_of_order_zero():
     tokens, entropy = markov(0, 30, 60_000)
-    found = losses(tokens[:50_000], tokens[50_000:], 30)
+    found = ngram_losses(tokens[:50_000], tokens[50_000:], 30)
     assert found["unigram"] == pytest.approx(entropy, abs=0.02)
 
 
-def test_every_target_is_scored_once_whatever_the_parts(monkeypatch):
+def test_every_target_is_scored_once_with_any_chunk_size(monkeypatch):
     ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
-    whole = losses(ids[:-1500], ids[-1500:], vocab_size)
-    monkeypatch.setattr(ngrams, "SCORED", 7)
-    assert losses(ids[:-1500], ids[-1500:], vocab_size) == pytest.approx(whole, rel=1e-12)
+    expected = ngram_losses(ids[:-1500], ids[-1500:], vocab_size)
+    monkeypatch.setattr(ngrams, "CHUNK", 7)
+    assert ngram_losses(ids[:-1500], ids[-1500:], vocab_size) == pytest.approx(expected, rel=1e-12)
 
 
-def test_of_a_very_long_text_parts_from_end_to_end_are_scored(monkeypatch):
+def test_chunks_of_a_very_long_text_are_spread_from_end_to_end(monkeypatch):
     ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
     train, val = ids[:-1500], ids[-1500:]
-    ends = [losses(train, val[:101], vocab_size), losses(train, val[1295:1401], vocab_size)]
-    monkeypatch.setattr(ngrams, "SCORED", 100)
-    monkeypatch.setattr(ngrams, "SCORED_MOST", 200)
-    found = losses(train, val, vocab_size)
-    # The first character of the second part is not scored alone, nor are the five before it, which are context.
+    ends = [ngram_losses(train, val[:101], vocab_size), ngram_losses(train, val[1295:1401], vocab_size)]
+    monkeypatch.setattr(ngrams, "CHUNK", 100)
+    monkeypatch.setattr(ngrams, "MAX_VAL_CHARS", 200)
+    found = ngram_losses(train, val, vocab_size)
+    # 105 targets: scored alone, the second chunk also scores the five characters that are its context.
     assert found["unigram"] == pytest.approx((100 * ends[0]["unigram"] + 105 * ends[1]["unigram"]) / 205, rel=0.02)
-    assert found["unigram"] != pytest.approx(losses(train, val[:200], vocab_size)["unigram"], rel=1e-6)
+    assert found["unigram"] != pytest.approx(ngram_losses(train, val[:200], vocab_size)["unigram"], rel=1e-6)
 
 
-def test_devanagari_and_thousands_of_characters():
+def test_losses_of_devanagari_and_of_thousands_of_characters():
     ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
-    found = losses(ids[:-1800], ids[-1800:], vocab_size)
+    found = ngram_losses(ids[:-1800], ids[-1800:], vocab_size)
     values = list(found.values())
     assert values[:5] == sorted(values[:5], reverse=True)
-    many = losses(np.arange(40_000) % 8000, np.arange(8000), 8000)
+    many = ngram_losses(np.arange(40_000) % 8000, np.arange(8000), 8000)
     assert many["2-gram"] < 0.3
     assert many["unigram"] > 8
     np.testing.assert_allclose(probabilities(np.arange(4000) % 2000, 2000, [5, 6, 7]).sum(1), 1, rtol=1e-9)
 
 
-def test_the_end_of_a_long_text_is_counted(monkeypatch):
-    monkeypatch.setattr(ngrams, "COUNTED", 1000)
+def test_end_of_a_long_training_split_is_counted(monkeypatch):
+    monkeypatch.setattr(ngrams, "MAX_TRAIN_CHARS", 1000)
     ids, vocab_size = ids_of((ROOT / "data/songs.txt").read_text())
-    whole = losses(ids[-2500:-1500], ids[-1500:], vocab_size)
-    assert losses(ids[:-1500], ids[-1500:], vocab_size) == whole
+    expected = ngram_losses(ids[-2500:-1500], ids[-1500:], vocab_size)
+    assert ngram_losses(ids[:-1500], ids[-1500:], vocab_size) == expected
 
 
-def test_a_text_of_two_characters_has_no_longer_grams():
-    assert list(losses(np.array([0, 1]), np.array([1, 0, 1]), 2)) == ["uniform", "unigram", "2-gram"]
+def test_text_of_two_characters_has_no_longer_ngrams():
+    assert list(ngram_losses(np.array([0, 1]), np.array([1, 0, 1]), 2)) == ["uniform", "unigram", "2-gram"]
 
 
-@pytest.mark.skipif(SHAKESPEARE is None, reason="Tiny Shakespeare is not here")
-def test_tiny_shakespeare():
+@pytest.mark.skipif(SHAKESPEARE is None, reason="Tiny Shakespeare is not downloaded")
+def test_six_grams_are_best_on_tiny_shakespeare():
     ids, vocab_size = ids_of(SHAKESPEARE.read_text())
     cut = int(len(ids) * 0.9)
-    found = losses(ids[:cut].astype(np.uint8), ids[cut:].astype(np.uint8), vocab_size)
+    found = ngram_losses(ids[:cut].astype(np.uint8), ids[cut:].astype(np.uint8), vocab_size)
     assert found["6-gram"] == min(found.values()) < 1.6

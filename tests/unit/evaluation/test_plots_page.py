@@ -1,21 +1,24 @@
 import json
-import os
 import re
 import shutil
 import subprocess
 
 import pytest
-from helpers.workspace import command, make_repository, python
+import vl_convert
+from helpers.workspace import command, make_repository
+
+from minigpt.errors import UserError
+from minigpt.evaluation.plots_page import write_page
 
 
 @pytest.fixture
 def repository(tmp_path, project_files):
-    """A repository with the results of a small evaluation, as the stages write them."""
+    """Make a repository with the results of a small evaluation, as the stages write them."""
     folder = make_repository(tmp_path / "work", project_files)
     for name, text in {
         "results/train/history.csv": "step,train_loss,val_loss\n0,4.1,4.2\n5,3.0,2.5\n10,2.0,2.75\n",
         "results/evaluate/baselines.csv": "model,loss\nthis model,2.5\nuniform,4.2\n",
-        "results/evaluate/calibration.csv": "num_logits,observed,ideal,count\n0.1,0.2,0.1,7\n0.5,0.4,0.5,9\n",
+        "results/evaluate/calibration.csv": "predicted,observed,ideal,count\n0.1,0.2,0.1,7\n0.5,0.4,0.5,9\n",
         "results/evaluate/positions.csv": "position,loss,count\n1,3.5,9\n2,2.5,9\n",
         "results/evaluate/characters.csv": "character,code_point,count,loss,share\nक,U+0915,90,2.5,1.0\n",
         "results/evaluate/confusions.csv": 'pair,target,guess,count,share\n", as क",",",क,12,0.75\n',
@@ -31,11 +34,11 @@ def shown(folder):
     return (folder / "dvc_plots/index.html").read_text(encoding="utf-8")
 
 
-def test_the_page_needs_nothing_from_elsewhere(repository):
+def test_page_needs_no_network(repository, monkeypatch):
     fetched = re.compile(r'(src|href)="https?://')
-    assert fetched.search(shown(repository))  # without it, DVC's own page, as ever
-    made = python("-m", "minigpt.page", cwd=repository)
-    assert made.returncode == 0, made.stderr
+    assert fetched.search(shown(repository))  # DVC's default page
+    monkeypatch.chdir(repository)
+    write_page()
     page = shown(repository)
     assert not fetched.search(page)
     assert "window.vegaEmbed" in page
@@ -45,28 +48,27 @@ def test_the_page_needs_nothing_from_elsewhere(repository):
     assert "config" not in status.stdout
 
 
-def test_outside_of_a_repository_it_says_where_to_be(tmp_path):
-    ran = python("-m", "minigpt.page", cwd=tmp_path, PYTHONPATH=os.getcwd())
-    assert ran.returncode == 1
-    assert "run this from the root" in ran.stderr
+def test_page_outside_a_repository_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run this from the root"):
+        write_page()
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium here to open the page in")
-def test_a_browser_without_a_network_draws_every_chart(repository):
-    assert python("-m", "minigpt.page", cwd=repository).returncode == 0
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+def test_browser_without_a_network_draws_every_chart(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    write_page()
     shown(repository)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
     page = (repository / "dvc_plots/index.html").as_uri()
     dumped = command("chromium", *options, "--virtual-time-budget=10000", "--dump-dom", page, cwd=repository).stdout
     assert len(re.findall(r'<svg [^>]*class="marks"', dumped)) == 6
-    for text in ("best: 2.5000 at step 5", "this model", ", as क", ">क<", "probability of the likeliest character"):
+    for text in ("best: 2.5000 at step 5", "this model", ", as क", ">क<", "probability of the most likely character"):
         assert text in dumped, text
 
 
-def test_the_best_step_is_marked(repository):
-    import vl_convert
-
+def test_charts_of_dvc_show_the_results(repository):
     ran = command("dvc", "plots", "show", "--json", cwd=repository)
     plots = {name: one["content"] for name, (one,) in json.loads(ran.stdout)["data"].items()}
     assert set(plots) == {"loss", "baselines", "calibration", "positions", "characters", "confusions"}
