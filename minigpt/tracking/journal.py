@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -138,7 +139,7 @@ class Journal:
     def _write(self, kind: str, **fields: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"kind": kind, "time": int(time.time() * 1000), **fields}
-        with lock(self._path), self._path.open("a+b") as file:
+        with locked(self._path), self._path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             if file.read() not in (b"", b"\n"):  # a crash or a full disk left a partial line
@@ -147,7 +148,7 @@ class Journal:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-def lock(path: Path) -> FileLock:
-    """Return a lock on ``path`` for one thread of one process. The system releases it when that process is killed."""
+def locked(path: Path) -> AbstractContextManager[object]:
+    """Return a context in which no other thread or process has ``path``. A killed process loses its lock."""
     # Writing a record takes less than a millisecond, so filelock's 50 ms between two attempts would dominate.
-    return FileLock(f"{path}.lock", poll_interval=0.01)
+    return FileLock(f"{path}.lock").acquire(poll_interval=0.01)

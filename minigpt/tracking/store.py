@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
-from minigpt.tracking.journal import EXPERIMENT, Journal, lock
+from minigpt.tracking.journal import EXPERIMENT, Journal, locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,7 +75,7 @@ class Store:
                 self._client = MlflowClient(self.uri)
                 return self._client
             # The first client of a database creates its tables, and two clients must not do that concurrently.
-            with lock(workspace() / ".journal" / "store"):
+            with locked(workspace() / ".journal" / "store"):
                 self._client = MlflowClient(self.uri)
                 self._client.get_experiment_by_name(EXPERIMENT)
         return self._client

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
-from minigpt.tracking.journal import Journal, lock
+from minigpt.tracking.journal import Journal, locked
 from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Uploader:
             Exception: any error of MLflow, if the store is unreachable or refuses a request.
         """
         if check or self.missing(journal):
-            with lock(self._progress_path(journal)):
+            with locked(self._progress_path(journal)):
                 try:
                     self._send_pending(journal)
                 except Exception:
