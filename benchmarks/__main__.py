@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.contenders import MEASURES, ROOT
 from minigpt.evaluation.charts import COLORS, render
-from minigpt.tracking.system_metrics import describe
+from minigpt.tracking.system_metrics import describe_device
 
 OURS = ("minigpt", "python -m minigpt")
 """How the names of this project's contenders begin."""
@@ -49,7 +49,7 @@ def machine(device: str) -> dict[str, Any]:
     """What the figures hold for."""
     import torch
 
-    facts: dict[str, Any] = {"device": describe(torch.device(device)), "cores": os.cpu_count()}
+    facts: dict[str, Any] = {"device": describe_device(torch.device(device)), "cores": os.cpu_count()}
     facts["python"] = platform.python_version()
     for package in PACKAGES:
         try:

@@ -44,7 +44,7 @@ def main() -> None:
             if tracker is None:
                 trainer.run()
                 return
-            tracker.begin(settings, text, job.device)
+            tracker.begin(settings, text.digest, {"train": len(text.train), "val": len(text.val)}, job.device)
             print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.display_uri}")
             try:
                 outcome = trainer.run()

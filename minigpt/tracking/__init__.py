@@ -1,5 +1,4 @@
-"""Runs in MLflow: a journal on the local disk first, then uploads to a tracking server.
+"""Runs in MLflow: a journal on the local disk first, then uploads to a tracking store.
 
-Nothing here imports torch models.
-May import: runtime, params, errors, files.
+Imports runtime, params, errors and files; never the data or torch models.
 """

@@ -1,100 +1,100 @@
-"""TODO."""
+"""Upload in the background, so that a training does not wait for a server."""
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from minigpt.tracking.journal import Journal
-from minigpt.tracking.store import reason
+from minigpt.tracking.store import describe_error
 from minigpt.tracking.uploader import Uploader
 
-if TYPE_CHECKING:
-    pass
+MAX_WAIT = 4.0
+"""Total seconds that a stage waits for a remote store. `minigpt sync` sends the records that remain."""
 
-PATIENCE = 4.0
-"""Seconds in all that a stage waits for a store on another machine. What is not sent by then waits for a sync."""
+UNREACHABLE_AFTER, RETRY_AFTER = 2.0, 600
+"""Seconds without progress after which a store counts as unreachable, and seconds before it is waited for again."""
 
-SILENT, AWAY = 2.0, 600
-"""A store that takes nothing for the first of these is away: for the second it is not waited for again, unless it takes
-something meanwhile. Both in seconds."""
-
-BRIEF = 0.25
-"""Seconds for which any stage may wait for a store that is away, to learn why."""
+SHORT_WAIT = 0.25
+"""Seconds that a stage waits for a store that was recently unreachable, to learn the reason."""
 
 
 class BackgroundUploader:
-    """Sends one journal: in a thread where the store is on another machine, so that nobody waits for it.
+    """Sends one journal: in a thread to a remote store, and in the caller's thread to a local one.
 
     Attributes:
-        error: of the last try; None after one that came through.
-        patience: seconds for which ``wait`` will still wait, in all. Where the store has just been waited for in
-            vain, also by another process, there is next to none until the store takes something.
+        error: error of the last attempt; None if it succeeded.
+        remaining_wait: total seconds that ``wait`` may still take. It is SHORT_WAIT if a process has recently waited
+            for this store without success, until the store accepts records again.
     """
 
-    def __init__(self, mirror: Uploader, journal: Journal) -> None:
+    def __init__(self, uploader: Uploader, journal: Journal) -> None:
         self.error: Exception | None = None
-        self._mirror, self._journal = mirror, journal
-        self._shy = mirror.away.exists() and abs(time.time() - mirror.away.stat().st_mtime) < AWAY
-        self.patience = BRIEF if self._shy else PATIENCE
-        self._asked = self._tried = 0
-        self._turn = threading.Condition()
+        self._uploader, self._journal = uploader, journal
+        marker = uploader.unreachable_marker
+        self._recently_unreachable = marker.exists() and abs(time.time() - marker.stat().st_mtime) < RETRY_AFTER
+        self.remaining_wait = SHORT_WAIT if self._recently_unreachable else MAX_WAIT
+        self._requested = self._attempted = 0
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def ask(self) -> None:
-        """Have what is new sent. A store on this machine has it on return; where it fails, it is not tried again."""
-        if self._mirror.local:
+    def request(self) -> None:
+        """Request an upload of the new records.
+
+        A local store has them on return. After a failure there, later requests are ignored until ``error`` is reset.
+        """
+        if self._uploader.store.local:
             if self.error is None:
                 self._try()
             return
-        if not self._mirror.missing(self._journal):
+        if not self._uploader.missing(self._journal):
             return
         if self._thread is None:
             try:
-                self._mirror.connect()
+                self._uploader.store.connect()
             except Exception as error:
                 self.error = error
                 return
-            self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
             self._thread.start()
-        with self._turn:
-            self._asked += 1
-            self._turn.notify_all()
+        with self._changed:
+            self._requested += 1
+            self._changed.notify_all()
 
     def wait(self) -> str:
-        """Wait for what was asked; says what kept it from being sent, nothing where it was."""
+        """Wait for the requested uploads. Return the reason if records are still missing, otherwise an empty string."""
         began = time.monotonic()
-        with self._turn:
-            tried = self._turn.wait_for(lambda: self._tried >= self._asked, self.patience)
+        with self._changed:
+            attempted = self._changed.wait_for(lambda: self._attempted >= self._requested, self.remaining_wait)
         waited = time.monotonic() - began
-        self.patience = max(0.0, self.patience - waited) if tried else 0.0
-        if not self._mirror.missing(self._journal):
+        self.remaining_wait = max(0.0, self.remaining_wait - waited) if attempted else 0.0
+        if not self._uploader.missing(self._journal):
             return ""
-        if not self._mirror.local and waited > BRIEF and time.monotonic() - self._mirror.taken > SILENT:
-            self._mirror.away.touch()
-        if self.error and tried:
-            return reason(self.error)
-        if self._shy:
-            return "it was away a moment ago, and is not waited for again so soon"
-        return f"not all was taken within {PATIENCE:g} seconds"
+        stalled = time.monotonic() - self._uploader.last_success > UNREACHABLE_AFTER
+        if not self._uploader.store.local and waited > SHORT_WAIT and stalled:
+            self._uploader.unreachable_marker.touch()
+        if self.error and attempted:
+            return describe_error(self.error)
+        if self._recently_unreachable:
+            return "the server was unreachable a moment ago; not retrying yet"
+        return f"the upload did not finish within {MAX_WAIT:g} seconds"
 
     def _run(self) -> None:
         while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._asked > self._tried)
-                asked = self._asked
+            with self._changed:
+                self._changed.wait_for(lambda: self._requested > self._attempted)
+                requested = self._requested
             self._try()
-            with self._turn:
-                if self._shy and self.error is None:
-                    self._shy, self.patience = False, PATIENCE
-                    self._mirror.away.unlink(missing_ok=True)
-                self._tried = asked
-                self._turn.notify_all()
+            with self._changed:
+                if self._recently_unreachable and self.error is None:
+                    self._recently_unreachable, self.remaining_wait = False, MAX_WAIT
+                    self._uploader.unreachable_marker.unlink(missing_ok=True)
+                self._attempted = requested
+                self._changed.notify_all()
 
     def _try(self) -> None:
         try:
-            self._mirror.send(self._journal)
+            self._uploader.send(self._journal)
             self.error = None
         except Exception as error:
             self.error = error

@@ -1,54 +1,55 @@
-"""The journal of a training: all that is known of a run, on disk before anybody else is told."""
+"""The journal of a training run: every record is on the local disk before it is sent to a server."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock
 
 from minigpt import files
 from minigpt.files import workspace
 
 EXPERIMENT = "minigpt"
-"""The name of the MLflow experiment; the environment's MLFLOW_EXPERIMENT_NAME goes before."""
+"""Default name of the MLflow experiment. Overridden by MLFLOW_EXPERIMENT_NAME."""
 
 PARAM_LENGTH, TAG_LENGTH = 500, 5000
-"""Longest values of params and tags that old servers take, in characters."""
+"""Longest values of params and tags that old MLflow servers accept, in characters."""
 
 
 class Journal:
-    """Everything that is known of a run, as lines of JSON in ``.journal/<key>/journal.jsonl`` of the main workspace.
+    """Append-only log of one run: lines of JSON in ``.journal/<key>/journal.jsonl`` of the main workspace.
 
     Args:
-        key: of the run; 32 hexadecimal digits.
+        key: identifier of the run, 32 hexadecimal digits.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.folder = workspace() / ".journal" / key
-        self._metrics_until: dict[str, int] | None = None
+        self._path = self.folder / "journal.jsonl"
+        self._last_steps: dict[str, int] | None = None
         self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
-        """Bytes that were written so far."""
-        return (self.folder / "journal.jsonl").stat().st_size
+        """Size of the journal in bytes."""
+        return self._path.stat().st_size if self._path.exists() else 0
 
     def since(self, start: int) -> list[tuple[dict[str, Any], int]]:
-        """Records from byte ``start`` on, each with the byte where the next one starts.
+        """Return the records from byte ``start`` onwards, each with the offset at which it ends.
 
-        Lines that a crash cut short or spoiled are left out.
+        Lines that a crash truncated or damaged are skipped.
         """
         try:
-            with (self.folder / "journal.jsonl").open("rb") as file:
+            with self._path.open("rb") as file:
                 file.seek(start)
                 lines = file.read().split(b"\n")[:-1]
         except FileNotFoundError:
@@ -63,94 +64,91 @@ class Journal:
         return found
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
-        """All that was written, in order, or what of it is of one kind."""
+        """Return the records in the order of writing: all, or those of one kind."""
         return [record for record, _ in self.since(0) if kind in ("", record["kind"])]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Values at a step. What a resumed training says again is not written again."""
+        """Record metrics at a step. Steps that a resumed training repeats are ignored."""
         with self._lock:
-            if self._metrics_until is None:
-                self._metrics_until = {}
+            if self._last_steps is None:
+                self._last_steps = {}
                 for record in self.records("metrics"):
-                    self._metrics_until |= dict.fromkeys(record["values"], record["step"])
-            fresh = {name: value for name, value in values.items() if step > self._metrics_until.get(name, -1)}
+                    self._last_steps |= dict.fromkeys(record["values"], record["step"])
+            fresh = {name: value for name, value in values.items() if step > self._last_steps.get(name, -1)}
             if fresh:
-                self._metrics_until |= dict.fromkeys(fresh, step)
+                self._last_steps |= dict.fromkeys(fresh, step)
                 self._write("metrics", step=step, values=fresh)
 
-    def again(self, values: dict[str, float]) -> None:
-        """Values that belong to no step, and may be measured again: each counts up from 0."""
+    def stage_metrics(self, values: dict[str, float]) -> None:
+        """Record metrics without a training step. The step counts the measurements, starting from 0."""
         measured = sum(1 for record in self.records("metrics") if set(values) <= set(record["values"]))
         self._write("metrics", step=measured, values=values)
 
     def params(self, values: dict[str, Any]) -> None:
-        """Parameters, by their dotted names."""
+        """Record params by their dotted names."""
         self._write("params", values={name: str(value)[:PARAM_LENGTH] for name, value in values.items()})
 
     def tags(self, values: dict[str, str]) -> None:
-        """Tags; a later value of a name takes the place of the earlier one."""
+        """Record tags. A later value replaces an earlier one of the same name."""
         self._write("tags", values={name: value[:TAG_LENGTH] for name, value in values.items()})
 
     def name(self, name: str, restored: bool = False) -> None:
-        """What the run is called, and the MLflow experiment that it belongs to.
+        """Record the display name of the run and its MLflow experiment.
 
         Args:
-            name: for people.
-            restored: the training left no journal here; only later stages did.
+            name: display name.
+            restored: whether the training left no journal here, so that only later stages are recorded.
         """
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         self._write("name", name=name, experiment=experiment, restored=restored)
 
     def dataset(self, name: str, source: str, digest: str, profile: dict[str, int]) -> None:
-        """What was read: its name, where it lies, its digest, and its numbers of characters."""
+        """Record the dataset: its name, path, digest and the number of characters of each split."""
         self._write("dataset", name=name, source=source, digest=digest, profile=profile)
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or folder, kept beside the journal; it appears in the run under ``folder``.
+        """Record a file, or the files of a directory, under ``folder`` of the run; each is copied next to the journal.
 
-        A file that is recorded already, with the same bytes, is not recorded again.
+        A file that is already recorded with the same bytes is skipped.
         """
         recorded = {record["path"]: record.get("digest") for record in self.records("artifact")}
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_dir():
                 continue
-            place = PurePosixPath(folder, path.name, file.relative_to(path).as_posix()).as_posix()
-            kept, digest = self.folder / "artifacts" / place, hashlib.sha256(file.read_bytes()).hexdigest()
-            if recorded.get(place) == digest and kept.exists():
+            name = PurePosixPath(folder, path.name, file.relative_to(path).as_posix()).as_posix()
+            copy, digest = self.folder / "artifacts" / name, hashlib.sha256(file.read_bytes()).hexdigest()
+            if recorded.get(name) == digest and copy.exists():
                 continue
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            temporary = copy.with_name(f"{copy.name}.{os.getpid()}")
             shutil.copyfile(file, temporary)
             files.fsync(temporary)
-            temporary.replace(kept)
-            self._write("artifact", path=place, digest=digest)
+            temporary.replace(copy)
+            self._write("artifact", path=name, digest=digest)
 
     def status(self, status: str) -> None:
-        """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        """Record the status: ``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._write("status", status=status)
 
     def flush(self) -> None:
-        """Have all that was written on the disk itself, where a power cut leaves it."""
-        if (self.folder / "journal.jsonl").exists():
-            files.fsync(self.folder / "journal.jsonl")
+        """Flush the journal to the disk, so that it survives a power cut."""
+        if self._path.exists():
+            files.fsync(self._path)
             files.fsync(self.folder)
 
     def _write(self, kind: str, **fields: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"kind": kind, "time": int(time.time() * 1000), **fields}
-        with locked(self.folder / "journal.jsonl") as file:
+        with locked(self._path), self._path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            if file.read() not in (b"", b"\n"):  # a crash or a full disk has left half a line
+            if file.read() not in (b"", b"\n"):  # a crash or a full disk left a partial line
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to read and to append to, while no other thread or process has it so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+def locked(path: Path) -> AbstractContextManager[object]:
+    """Return a context in which no other thread or process has ``path``. A killed process loses its lock."""
+    # Writing a record takes less than a millisecond, so filelock's 50 ms between two attempts would dominate.
+    return FileLock(f"{path}.lock").acquire(poll_interval=0.01)

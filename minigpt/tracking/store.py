@@ -1,42 +1,206 @@
-"""TODO."""
+"""The MLflow tracking store: its URI, and a client that creates runs there and fills them.
+
+Runs go to MLFLOW_TRACKING_URI if it is set. Otherwise they go to DagsHub if DAGSHUB_REPO=user/repo and
+DAGSHUB_USER_TOKEN are set, and to ``mlflow.db`` in the repository if not.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
-from typing import TYPE_CHECKING
+import sys
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
+from minigpt.tracking.journal import EXPERIMENT, Journal, locked
 
 if TYPE_CHECKING:
-    pass
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 DAGSHUB = "https://dagshub.com"
-"""Where DagsHub is; DAGSHUB_CLIENT_HOST, the variable of DagsHub's own client, goes before."""
+"""Address of DagsHub. Overridden by DAGSHUB_CLIENT_HOST, a variable of DagsHub's own client."""
 
-TROUBLES = {
-    "Connection refused": "nothing listens there",
-    "NameResolutionError": "no such host is known",
-    "timed out": "no answer in time",
-    "Connection aborted": "the connection broke off",
+RUN_TAG = "minigpt.run"
+"""MLflow tag that holds the key of a run. Runs are looked up by it."""
+
+NETWORK_ERRORS = {
+    "Connection refused": "connection refused",
+    "NameResolutionError": "unknown host",
+    "timed out": "request timed out",
+    "Connection aborted": "connection aborted",
 }
-"""What is in the words of the HTTP library, and what it means."""
+"""Parts of the HTTP library's messages, and the message that is shown instead."""
 
 SECRETS = ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Variables of the environment whose values are never printed."""
+"""Environment variables whose values are never printed."""
+
+
+class Store:
+    """Client of one tracking store.
+
+    Args:
+        uri: tracking URI.
+        timeout: seconds until a request counts as lost. Overridden by MLFLOW_HTTP_REQUEST_TIMEOUT.
+
+    Attributes:
+        display_uri: the URI without credentials, safe to print.
+        local: whether the store is on this machine.
+    """
+
+    def __init__(self, uri: str, timeout: int) -> None:
+        self.uri, self.timeout = uri, timeout
+        self.display_uri = re.sub("://[^/]*@", "://", uri)
+        self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
+        self._client: MlflowClient | None = None
+        self._experiments: dict[str, str] = {}
+
+    def connect(self) -> MlflowClient:
+        """Return the MLflow client. The first call imports MLflow, which takes seconds, but sends no request."""
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self.timeout))
+            # If only the response to create_run is lost, a retry inside MLflow creates a second run.
+            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+            for verbose in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(verbose).setLevel(logging.WARNING)
+            from mlflow import MlflowClient
+
+            if not self.local:
+                self._client = MlflowClient(self.uri)
+                return self._client
+            # The first client of a database creates its tables, and two clients must not do that concurrently.
+            with locked(workspace() / ".journal" / "store"):
+                self._client = MlflowClient(self.uri)
+                self._client.get_experiment_by_name(EXPERIMENT)
+        return self._client
+
+    def experiment_id(self, name: str) -> str:
+        """Return the id of an experiment. The experiment is created if it does not exist.
+
+        Raises:
+            UserError: the experiment was deleted in the store.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if name not in self._experiments:
+            client = self.connect()
+            found = client.get_experiment_by_name(name)
+            if found and found.lifecycle_stage == "deleted":
+                raise UserError(
+                    f"experiment '{name}' was deleted there; "
+                    f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}`"
+                )
+            if found is None:
+                location = (workspace() / "mlartifacts").as_uri() if self.local else None
+                try:
+                    self._experiments[name] = client.create_experiment(name, location)
+                    return self._experiments[name]
+                except MlflowException:  # another process created it first, or the response was lost
+                    found = client.get_experiment_by_name(name)
+                    if found is None:
+                        raise
+            self._experiments[name] = found.experiment_id
+        return self._experiments[name]
+
+    def find_run(self, journal: Journal) -> Run | None:
+        """Return the run of a journal, also if it was deleted; None if there is none."""
+        from mlflow.entities import ViewType
+
+        query = f"tags.`{RUN_TAG}` = '{journal.key}'"
+        found = self.connect().search_runs([self._experiment_of(journal)], query, ViewType.ALL, max_results=1)
+        return found[0] if found else None
+
+    def create_run(self, journal: Journal) -> str:
+        """Create the run of a journal and return its id."""
+        named = next(iter(journal.records("name")), {"name": journal.key[:8]})
+        tags = {RUN_TAG: journal.key}
+        if named.get("restored"):
+            tags["restored"] = "DVC restored the training from its cache; its metrics are elsewhere"
+        start = journal.records()[0]["time"]
+        created = self.connect().create_run(self._experiment_of(journal), start, tags, named["name"])
+        return str(created.info.run_id)
+
+    def _experiment_of(self, journal: Journal) -> str:
+        return self.experiment_id(next((record["experiment"] for record in journal.records("name")), EXPERIMENT))
+
+    def log(self, run_id: str, journal: Journal, records: list[dict[str, Any]], in_flight: bool = False) -> None:
+        """Send records of metrics, or one record of another kind, to a run.
+
+        If they are ``in_flight``, an earlier request may have delivered them, so metrics that the store has are
+        omitted. Repeating records of other kinds changes nothing in MLflow.
+        """
+        from mlflow.entities import Param, RunTag
+
+        client, record = self.connect(), records[0]
+        values = record.get("values", {})
+        match record["kind"]:
+            case "metrics":
+                self._log_metrics(run_id, records, in_flight)
+            case "params":
+                stored = client.get_run(run_id).data.params
+                new = [Param(name, value) for name, value in values.items() if name not in stored]
+                # MLflow's params are immutable, so a changed value is stored as a tag.
+                changed = [RunTag(name, value) for name, value in values.items() if stored.get(name, value) != value]
+                client.log_batch(run_id, params=new, tags=changed)
+            case "tags":
+                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in values.items()])
+            case "dataset":
+                self._log_dataset(run_id, record)
+            case "artifact":
+                folder = PurePosixPath(record["path"]).parent.as_posix()
+                copy = journal.folder / "artifacts" / record["path"]
+                client.log_artifact(run_id, str(copy), None if folder == "." else folder)
+            case "status" if record["status"] == "RUNNING":
+                client.update_run(run_id, "RUNNING")
+            case "status":
+                client.set_terminated(run_id, record["status"], record["time"])
+
+    def _log_metrics(self, run_id: str, records: list[dict[str, Any]], in_flight: bool) -> None:
+        from mlflow.entities import Metric
+
+        client = self.connect()
+        metrics = [Metric(n, v, r["time"], r["step"]) for r in records for n, v in r["values"].items()]
+        if in_flight:
+            stored = {
+                (name, known.timestamp, known.step)
+                for name in {metric.key for metric in metrics}
+                for known in client.get_metric_history(run_id, name)
+            }
+            metrics = [metric for metric in metrics if (metric.key, metric.timestamp, metric.step) not in stored]
+        if metrics:
+            client.log_batch(run_id, metrics=metrics)
+
+    def _log_dataset(self, run_id: str, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        name, digest = record["name"], record["digest"][:32]
+        source, profile = json.dumps({"uri": record["source"]}), json.dumps(record["profile"])
+        dataset = Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
+        try:
+            self.connect().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        except MlflowException as error:
+            if error.get_http_status_code() != 404:
+                raise
+            print(f"minigpt: {self.display_uri} has no datasets; the dataset is recorded as a tag", file=sys.stderr)
+            self.connect().set_tag(run_id, "dataset", f"{name} {digest}")
 
 
 def resolve_tracking_uri() -> str:
-    """The tracking URI; credentials go to the environment that MLflow reads, never into the URI.
+    """Return the tracking URI. Credentials move to the environment variables that MLflow reads.
 
     Raises:
-        UserError: DAGSHUB_REPO does not name a repository.
+        UserError: DAGSHUB_REPO is not of the form user/repo.
     """
     repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return _placed(_without_credentials(uri))
+        return _absolute(_without_credentials(uri))
     if repo and token:
         os.environ |= {"MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
         return f"{dagshub_page(repo)}.mlflow"
@@ -44,12 +208,12 @@ def resolve_tracking_uri() -> str:
 
 
 def local_store_uri() -> str:
-    """The tracking URI of the repository's own store."""
+    """Return the tracking URI of the repository's own store."""
     return f"sqlite:///{workspace() / 'mlflow.db'}"
 
 
 def dagshub_page(repo: str) -> str:
-    """The address of a repository on DagsHub.
+    """Return the address of a repository on DagsHub.
 
     Raises:
         UserError: ``repo`` is not of the form user/repo.
@@ -59,8 +223,24 @@ def dagshub_page(repo: str) -> str:
     return f"{os.environ.get('DAGSHUB_CLIENT_HOST', DAGSHUB).rstrip('/')}/{repo}"
 
 
-def _placed(uri: str) -> str:
-    """``uri`` with a relative path taken from the main workspace: a copy of it would take the store along."""
+def describe_error(error: Exception) -> str:
+    """Return a short description of an error, without secrets."""
+    text = str(error).strip() or type(error).__name__
+    if found := re.search(r"error code (\d{3}) !=|too many (\d{3}) error|^(401|403)\b", text):
+        status = next(filter(None, found.groups()))
+        return f"HTTP status {status}" + (": wrong token or password" if status in ("401", "403") else "")
+    for part, message in NETWORK_ERRORS.items():
+        if part in text:
+            return message
+    line = text.splitlines()[0]
+    for name in SECRETS:
+        if value := os.environ.get(name):
+            line = line.replace(value, f"${name}")
+    return line[:300]
+
+
+def _absolute(uri: str) -> str:
+    """Resolve a relative path against the main workspace. DVC deletes the copies in which it runs experiments."""
     if match := re.fullmatch(r"(sqlite:///)([^/].*)", uri):
         return f"{match[1]}{workspace() / match[2]}"
     if uri.startswith("file:") and not uri.startswith("file:/"):
@@ -76,19 +256,3 @@ def _without_credentials(uri: str) -> str:
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
     os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return os.environ["MLFLOW_TRACKING_URI"]
-
-
-def reason(error: Exception) -> str:
-    """What an error says, in a few words and without any secret."""
-    text = str(error).strip() or type(error).__name__
-    if found := re.search(r"error code (\d{3}) !=|too many (\d{3}) error|^(401|403)\b", text):
-        status = next(filter(None, found.groups()))
-        return f"it answers {status}" + (": the token or password is not right" if status in ("401", "403") else "")
-    for sign, words in TROUBLES.items():
-        if sign in text:
-            return words
-    line = text.splitlines()[0]
-    for name in SECRETS:
-        if value := os.environ.get(name):
-            line = line.replace(value, f"${name}")
-    return line[:300]

@@ -1,31 +1,27 @@
-"""The machine that a training runs on: what it is, and how busy it is."""
+"""System metrics: a description of the training device, and the load of the machine over time."""
 
 from __future__ import annotations
 
 import platform
-import subprocess
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from minigpt.runtime.cpu import cpu_info
 
 if TYPE_CHECKING:
     import torch
 
-SECONDS = 10.0
-"""Between two measurements."""
+INTERVAL = 10.0
+"""Seconds between two measurements."""
 
-GPU_FIELDS = {
-    "utilization.gpu": "utilization_percentage",
-    "memory.used": "memory_usage_megabytes",
-    "power.draw": "power_usage_watts",
-}
-"""What nvidia-smi is asked, and what MLflow's page calls it."""
+GPU_METRICS = {"utilization_percentage": 1, "memory_usage_megabytes": 2**20, "power_usage_watts": 1000}
+"""Names in MLflow, and the divisors that convert NVML's units (percent, bytes, milliwatts)."""
 
 
-def describe(device: torch.device) -> str:
-    """The device in words: a GPU's name, or the model of the CPU and the threads that torch runs on it."""
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or the model of the CPU and the number of torch's threads."""
     import torch
 
     if device.type == "cuda":
@@ -34,31 +30,31 @@ def describe(device: torch.device) -> str:
 
 
 class Monitor:
-    """Measures the load beside a training: in a thread of its own, which sleeps nearly always.
+    """Measures the load of the machine in a thread, which sleeps nearly all the time.
 
-    The names are those of MLflow's system metrics, so that its page shows them under that heading.
+    Metrics have the names of MLflow's system metrics, so that its page shows them under that heading.
 
     Args:
-        tell: is called with values by name: percentages, megabytes (2**20 bytes), watts.
-        device: of the training; the visible GPUs are measured if it is one.
+        record: is called with values by name: percentages, megabytes (2**20 bytes), watts.
+        device: device of the training. If it is a GPU, all visible GPUs are measured.
     """
 
-    def __init__(self, tell: Callable[[dict[str, float]], None], device: torch.device) -> None:
+    def __init__(self, record: Callable[[dict[str, float]], None], device: torch.device) -> None:
         import psutil
 
-        self._tell, self._process, self._psutil = tell, psutil.Process(), psutil
-        self._gpus = visible_gpus() if device.type == "cuda" else []
+        self._record, self._process, self._psutil = record, psutil.Process(), psutil
+        self._gpus = open_gpus() if device.type == "cuda" else []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Measure once more, and no more after that."""
+        """Measure a last time and end the thread."""
         self._stopped.set()
         self._thread.join()
 
-    def load(self) -> dict[str, float]:
-        """How busy the machine is now."""
+    def measure(self) -> dict[str, float]:
+        """Return the current load."""
         memory = self._psutil.virtual_memory()
         values = {
             "cpu_utilization_percentage": self._psutil.cpu_percent(),
@@ -66,47 +62,56 @@ class Monitor:
             "system_memory_usage_percentage": memory.percent,
             "process_memory_usage_megabytes": round(self._process.memory_info().rss / 2**20, 1),
         }
-        if self._gpus:
-            values |= gpu_load(ask_gpus(self._gpus))
+        values |= convert([read_gpu(gpu) for gpu in self._gpus])
         return {f"system/{name}": value for name, value in values.items()}
 
     def _run(self) -> None:
-        self._psutil.cpu_percent()  # each call in a thread gives the load since the one before
+        self._psutil.cpu_percent()  # each later call returns the mean load since the previous call
         stopped = False
         while not stopped:
-            stopped = self._stopped.wait(SECONDS)
+            stopped = self._stopped.wait(INTERVAL)
             try:
-                self._tell(self.load())
-            except OSError:  # the disk is full: the training itself will say so
+                self._record(self.measure())
+            except OSError:  # the disk is full, which the training itself reports
                 return
 
 
-def visible_gpus() -> list[str]:
-    """What nvidia-smi calls the GPUs that torch sees, in torch's order."""
+def open_gpus() -> list[Any]:
+    """Return NVML handles of the GPUs that torch sees, in torch's order; none without NVML or a driver."""
     import torch
 
-    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
-
-
-def ask_gpus(gpus: list[str]) -> str:
-    """The answer of nvidia-smi: a line for each GPU, its values separated by commas; empty if it has none."""
-    ask = [
-        "nvidia-smi",
-        f"--id={','.join(gpus)}",
-        f"--query-gpu={','.join(GPU_FIELDS)}",
-        "--format=csv,noheader,nounits",
-    ]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+        # NVML's indices ignore CUDA_VISIBLE_DEVICES; UUIDs do not depend on it.
+        uuids = [torch.cuda.get_device_properties(index).uuid for index in range(torch.cuda.device_count())]
+        return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
+    except pynvml.NVMLError:
+        return []
 
 
-def gpu_load(answer: str) -> dict[str, float]:
-    """The values in an answer of nvidia-smi; it writes ``[N/A]`` for what a GPU does not measure."""
+def read_gpu(gpu: Any) -> dict[str, int]:
+    """Return the GPU_METRICS that a GPU measures, in NVML's units."""
+    import pynvml as nvml
+
     values = {}
-    for index, line in enumerate(answer.splitlines()):
-        for name, value in zip(GPU_FIELDS.values(), line.split(","), strict=False):
-            if value.strip().replace(".", "", 1).isdigit():
-                values[f"gpu_{index}_{name}"] = float(value)
+    with suppress(nvml.NVMLError):
+        values["utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+    with suppress(nvml.NVMLError):
+        # Unlike version 1, version 2 does not count the memory that the driver reserves.
+        values["memory_usage_megabytes"] = nvml.nvmlDeviceGetMemoryInfo(gpu, version=nvml.nvmlMemory_v2).used
+    with suppress(nvml.NVMLError):
+        values["power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(gpu)
     return values
+
+
+def convert(readings: list[dict[str, int]]) -> dict[str, float]:
+    """Convert the readings of all GPUs from NVML's units to metrics by name."""
+    return {
+        f"gpu_{index}_{name}": round(value / GPU_METRICS[name], 2)
+        for index, reading in enumerate(readings)
+        for name, value in reading.items()
+    }

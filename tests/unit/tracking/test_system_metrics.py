@@ -1,46 +1,77 @@
+"""Tests of system metrics: the description of the device, and the monitor."""
+
+import sys
 import threading
 
+import pytest
 import torch
 
 from minigpt.tracking import system_metrics
+from minigpt.tracking.system_metrics import Monitor, convert, describe_device, open_gpus, read_gpu
 
 
-def test_the_device_in_words():
-    assert system_metrics.describe(torch.device("cpu")).endswith(f", {torch.get_num_threads()} threads")
+def test_description_of_a_cpu_names_its_threads():
+    assert describe_device(torch.device("cpu")).endswith(f", {torch.get_num_threads()} threads")
 
 
-def test_a_monitor_measures_at_intervals_and_at_its_end(monkeypatch):
-    monkeypatch.setattr(system_metrics, "SECONDS", 0.01)
-    told, often = [], threading.Event()
+def test_monitor_measures_at_intervals_and_at_its_end(monkeypatch):
+    monkeypatch.setattr(system_metrics, "INTERVAL", 0.01)
+    recorded, third = [], threading.Event()
 
-    def tell(load):
-        told.append(load)
-        if len(told) == 3:
-            often.set()
+    def record(values):
+        recorded.append(values)
+        if len(recorded) == 3:
+            third.set()
 
-    monitor = system_metrics.Monitor(tell, torch.device("cpu"))
-    often.wait()
+    monitor = Monitor(record, torch.device("cpu"))
+    third.wait()
     monitor.stop()
-    count = len(told)
+    count = len(recorded)
     monitor.stop()
-    assert len(told) == count >= 3
-    assert all(name.startswith("system/") for name in told[0])
-    assert 0 < told[0]["system/process_memory_usage_megabytes"] <= told[0]["system/system_memory_usage_megabytes"] * 2
-    assert 0 <= told[0]["system/cpu_utilization_percentage"] <= 100
+    assert len(recorded) == count >= 3
+    first = recorded[0]
+    assert all(name.startswith("system/") for name in first)
+    assert 0 < first["system/process_memory_usage_megabytes"] <= first["system/system_memory_usage_megabytes"] * 2
+    assert 0 <= first["system/cpu_utilization_percentage"] <= 100
 
 
-def test_a_full_disk_ends_the_measuring_and_nothing_else():
-    def tell(load):
+def test_full_disk_ends_only_the_monitor():
+    def record(values):
         raise OSError(28, "No space left on device")
 
-    system_metrics.Monitor(tell, torch.device("cpu")).stop()
+    Monitor(record, torch.device("cpu")).stop()
 
 
-def test_what_nvidia_smi_answers_is_read_and_gaps_are_left_out():
-    assert system_metrics.gpu_load("97, 40123, 512.25\n0, [N/A], 61.90\n") == {
+def test_nvml_units_are_converted_and_missing_values_omitted():
+    readings = [
+        {"utilization_percentage": 97, "memory_usage_megabytes": 40123 << 20, "power_usage_watts": 512_250},
+        {"utilization_percentage": 0, "power_usage_watts": 61_900},
+        {},
+    ]
+    assert convert(readings) == {
         "gpu_0_utilization_percentage": 97.0,
         "gpu_0_memory_usage_megabytes": 40123.0,
         "gpu_0_power_usage_watts": 512.25,
         "gpu_1_utilization_percentage": 0.0,
         "gpu_1_power_usage_watts": 61.9,
     }
+
+
+def test_every_gpu_of_torch_is_measured():
+    gpus = open_gpus()
+    assert len(gpus) == torch.cuda.device_count()
+    assert all(read_gpu(gpu).keys() <= system_metrics.GPU_METRICS.keys() for gpu in gpus)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_monitor_measures_the_machine_without_a_gpu_driver():
+    recorded = []
+    Monitor(recorded.append, torch.device("cuda")).stop()
+    assert read_gpu(None) == {}
+    assert "system/cpu_utilization_percentage" in recorded[0]
+    assert not [name for name in recorded[0] if "gpu" in name]
+
+
+def test_nvml_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert open_gpus() == []

@@ -1,0 +1,116 @@
+"""Tests of the tracker: what a training and the later stages record, and where it arrives."""
+
+import os
+import uuid
+
+import pytest
+import torch
+from helpers.tracking import check_store, find_run, write_run
+from helpers.workspace import params_with
+
+from minigpt.errors import UserError
+from minigpt.tracking import store, uploader
+from minigpt.tracking.run import Tracker, tracker_of_model
+from minigpt.tracking.system_metrics import describe_device
+
+KEY = "d" * 32
+
+
+def test_training_records_params_dataset_and_device_once():
+    for resumed_at in ([], [5]):
+        tracker = Tracker(KEY)
+        tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+        tracker.end("KILLED" if not resumed_at else "FINISHED", resumed_at)
+    _, run = find_run(store.resolve_tracking_uri(), KEY)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.n_layer"] == "2"
+    assert not [name for name in run.data.params if not name.startswith(("data.", "model.", "train."))]
+    assert run.data.tags["device"] == describe_device(torch.device("cpu"))
+    assert run.data.tags["resumed"] == "1 times, after steps 5"
+    (dataset,) = tracker.journal.records("dataset")
+    assert (dataset["digest"], dataset["profile"]) == ("e" * 64, {"train": 90, "val": 10})
+    assert [item.dataset.digest for item in run.inputs.dataset_inputs] == ["e" * 32]
+
+
+def test_stages_can_be_repeated(capsys):
+    tracker = Tracker(KEY)
+    tracker.journal.name("a run")
+    for value in (0.8, 0.5):
+        tracker.stage("sample", {"sample.temperature": value}, {"loss": value})
+    client, run = find_run(store.resolve_tracking_uri(), KEY)
+    assert run.data.params["sample.temperature"] == "0.8"  # MLflow's params are immutable
+    assert run.data.tags["sample.temperature"] == "0.5"
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "sample.loss")] == [0.8, 0.5]
+    assert "sample added to run dddddddd 'a run' in sqlite:///" in capsys.readouterr().out
+
+
+def test_run_names_all_experiments_that_share_its_training(monkeypatch):
+    for name in ("first", "second", "first"):
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        Tracker(KEY).stage("sample", {}, {})
+    assert find_run(store.resolve_tracking_uri(), KEY)[1].data.tags["dvc.experiment"] == "first, second"
+
+
+def test_run_trained_elsewhere_is_extended(here, monkeypatch, capsys):
+    key = "f" * 32
+    write_run(key, steps=3)
+    uploader.sync()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.resolve_tracking_uri())
+    monkeypatch.setenv("DVC_ROOT", str(here / "clone"))  # has the model, by dvc pull, but not the journal
+    Tracker(key).stage("evaluate", {}, {"loss": 1.5})
+    assert "(trained elsewhere)" in capsys.readouterr().out
+    _, run = find_run(store.resolve_tracking_uri(), key)
+    assert run.info.run_name == "a run"
+    assert run.data.metrics.keys() == {"train_loss", "val_loss", "evaluate.loss"}
+    assert "restored" not in run.data.tags
+    Tracker("9" * 32).stage("evaluate", {}, {"loss": 1.5})
+    _, run = find_run(store.resolve_tracking_uri(), "9" * 32)
+    assert run.data.tags["restored"].startswith("DVC restored the training")
+
+
+def test_run_deleted_during_training_stays_deleted(capsys):
+    tracker = Tracker(KEY)
+    tracker.journal.name("a run")
+    tracker.mirror()
+    client, run = find_run(store.resolve_tracking_uri(), KEY)
+    client.delete_run(run.info.run_id)
+    tracker.metrics(1, {"val_loss": 2.0})
+    tracker.mirror()
+    tracker.end("FINISHED", [])
+    assert not client.search_runs([run.info.experiment_id])
+    printed = capsys.readouterr().out
+    assert f"run dddddddd was deleted in {store.resolve_tracking_uri()}; nothing more is sent" in printed
+
+
+def test_steps_of_system_metrics_increase_even_if_the_clock_goes_back(monkeypatch):
+    tracker = Tracker(KEY)
+    with monkeypatch.context() as ahead:
+        ahead.setattr("minigpt.tracking.journal.time.time", lambda: 4e9)
+        tracker.journal.metrics(100, {"system/cpu_utilization_percentage": 50.0})
+    tracker._start_monitor(torch.device("cpu"))
+    tracker._monitor.stop()
+    assert [record["step"] for record in tracker.journal.records()] == [100, 101]
+
+
+def test_stage_reaches_a_server_with_authentication(server, logged_in, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    key = uuid.uuid4().hex
+    write_run(key, steps=1200)
+    uploader.sync()
+    check_store(server, key)
+    Tracker(key).stage("evaluate", {"evaluate.stride": 0}, {"loss": 1.5})
+    check_store(server, key)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]"])
+def test_missing_or_damaged_run_record_is_reported(here, content):
+    record = here / "run.json"
+    if content is not None:
+        record.write_text(content)
+    with pytest.raises(UserError, match=r"run.json: does not name a run .* create it with `dvc repro train`"):
+        tracker_of_model(record)
+
+
+def test_failed_extras_do_not_end_the_training(capsys):
+    Tracker(KEY).attempt("loss chart", lambda: os.stat("missing.png"))
+    assert "minigpt: loss chart failed: [Errno 2] No such file" in capsys.readouterr().err
