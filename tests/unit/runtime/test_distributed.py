@@ -130,19 +130,14 @@ def test_ranks_share_the_micro_batches_of_a_step_equally():
     assert {len(share) for share in shares} == {2}
 
 
-def test_micro_batches_that_cannot_be_shared_equally_are_rejected(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with (
-        pytest.raises(UserError, match=r"train\.grad_accum: 4 .* 3 processes"),
-        distributed.join_process_group("cpu", 4),
-    ):
-        pass
-
-
-def test_single_device_for_several_processes_is_rejected(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with (
-        pytest.raises(UserError, match=r"train\.device: cuda:0 is a single device, but there are 2 processes"),
-        distributed.join_process_group("cuda:0", 4),
-    ):
+@pytest.mark.parametrize(
+    "world_size, device, message",
+    [
+        (3, "cpu", r"train\.grad_accum: 4 micro-batches cannot be shared equally by 3 processes"),
+        (2, "cuda:0", r"train\.device: cuda:0 is a single device, but there are 2 processes"),
+    ],
+)
+def test_params_that_do_not_fit_the_world_size_are_rejected(monkeypatch, world_size, device, message):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    with pytest.raises(UserError, match=message), distributed.join_process_group(device, 4):
         pass
