@@ -27,7 +27,7 @@ from benchmarks.contenders import MEASURES, ROOT
 from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe_device
 
-OURS = ("minigpt", "python -m minigpt")
+OURS = ("minigpt",)
 """How the names of this project's contenders begin."""
 
 PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
