@@ -228,6 +228,7 @@ class Corpus:
 def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     """Open a corpus written by :func:`minigpt.data.encode.encode_corpus`. A large one opens as fast as a small one.
 
+    A split is read from its file if it is larger than MAX_IN_MEMORY_BYTES (CPU) or a quarter of the free memory (GPU).
     The size of each file is checked, and the digest if the files have at most MAX_IN_MEMORY_BYTES together.
 
     Raises:
@@ -243,7 +244,11 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
         recorded, sizes = content["sha256"], {name: int(content["bytes"][name]) for name in SPLITS}
         for name, size in sizes.items():
             path = folder / name
-            splits.append(_open_split(path, size, device))
+            tokens = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch warns if it is read-only
+            if (found := path.stat().st_size) != size:
+                raise ValueError(f"{found} bytes, but {size} were written")
+            limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else MAX_IN_MEMORY_BYTES
+            splits.append(Split(tokens, path, device) if tokens.nbytes > limit else Split(tokens.to(device)))
         path = folder / "digest.json"
         if sum(sizes.values()) <= MAX_IN_MEMORY_BYTES and digest(folder, tokenizer, sizes) != recorded:
             raise ValueError("not the digest of the files in this folder")
@@ -252,17 +257,6 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise UserError(f"{path}: damaged: {error}; create it again with `dvc repro --force prepare`") from None
     return Corpus(splits[0], splits[1], tokenizer, recorded)
-
-
-def _open_split(path: Path, size: int, device: torch.device) -> Split:
-    """Open a token file of ``size`` bytes. On a GPU, a split may take a quarter of the free memory."""
-    import torch
-
-    tokens = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch warns about read-only arrays
-    if (found := path.stat().st_size) != size:
-        raise ValueError(f"{found} bytes, but {size} were written")
-    limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else MAX_IN_MEMORY_BYTES
-    return Split(tokens, path, device) if tokens.nbytes > limit else Split(tokens.to(device))
 
 
 def check_context(corpus: Corpus, block_size: int) -> None:
