@@ -1,9 +1,7 @@
 """KV cache for incremental decoding: the keys and values of the characters that a model has read.
 
-``GPT.forward(ids, cache)`` reads characters after those in the cache and adds them. One class serves a model in
-training precision, one with quantized weights, one inside a CUDA graph and the compiled decoder.
-
-Shapes: B sequences, H heads of S = head_size channels, C = n_embd.
+``GPT.forward(ids, cache)`` reads characters after those in the cache and adds them. Shapes: B sequences, H heads of
+S = head_size channels, C = n_embd.
 """
 
 from __future__ import annotations
@@ -34,18 +32,16 @@ class CacheSlice:
     mask: Tensor | None
 
 
+@dataclass
 class LayerCache:
     """Keys and values of one layer, each (B, H, slots, S)."""
 
-    def __init__(self, keys: Tensor, values: Tensor, current: CacheSlice) -> None:
-        self.keys, self.values, self.current = keys, values, current
+    keys: Tensor
+    values: Tensor
+    current: CacheSlice
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values of new characters, (B, H, T, S).
-
-        Returns:
-            the keys and the values of all visible slots, those of the new characters included.
-        """
+        """Store keys and values of new characters, (B, H, T, S), and return those of all visible slots."""
         return self._store(self.keys, k), self._store(self.values, v)
 
     def _store(self, stored: Tensor, new: Tensor) -> Tensor:

@@ -129,10 +129,8 @@ def rounded_copy(model: GPT, dtype: WeightDtype) -> GPT:
 def loss_by_weights(model: GPT, loss: Callable[[GPT], float]) -> dict[str, float]:
     """Return the loss with weights of each dtype, with the activations that :func:`quantize` gives the model.
 
-    Args:
-        model: the trained model. If it computes in bfloat16 already, ``loss`` is called with the model itself for
-            bfloat16 weights, which it may recognize to save a pass.
-        loss: function of a model.
+    If the model computes in bfloat16 already, ``loss`` is called with the model itself for bfloat16 weights, which it
+    may recognize to save a pass.
     """
     device = model.embedding.weight.device
     losses = {}

@@ -24,10 +24,6 @@ class NotCompiledError(Exception):
     """There is no compiled decoder for this processor, or it does not implement the model."""
 
 
-class NoCompilerError(NotCompiledError):
-    """There is no C++ compiler."""
-
-
 def library_path() -> Path:
     """Return where the compiled file for this source, compiler flags and processor is, or will be."""
     features = cpu_info("flags", "Features")
@@ -42,15 +38,12 @@ def compiler_flags() -> tuple[str, ...]:
 
 
 def find_compiler() -> str:
-    """Return the path of the C++ compiler, g++ or the one that CXX names.
-
-    Raises:
-        NoCompilerError: there is none.
-    """
+    """Return the path of the C++ compiler, g++ or the one that CXX names, or raise NotCompiledError."""
     name = os.environ.get("CXX", "g++")
     if compiler := shutil.which(name):
         return compiler
-    raise NoCompilerError(f"there is no C++ compiler {name}")
+    advice = "with one (for example `apt install g++`), text is written 3 to 4 times as fast"
+    raise NotCompiledError(f"there is no C++ compiler {name}; {advice}")
 
 
 def build_library(wait: bool = True) -> Path:
@@ -87,11 +80,7 @@ def build_library(wait: bool = True) -> Path:
 
 
 def build_in_background() -> None:
-    """Start a process that compiles native.cpp and outlives this one, for the next text.
-
-    Raises:
-        NoCompilerError: there is no compiler to start.
-    """
+    """Start a process that compiles native.cpp, for the next text, and outlives this one."""
     find_compiler()
     package_root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))

@@ -22,13 +22,7 @@ from torch import Tensor
 
 from minigpt.cache import KVCache
 from minigpt.errors import UserError
-from minigpt.generation.compiler import (
-    NoCompilerError,
-    NotCompiledError,
-    build_in_background,
-    build_library,
-    library_path,
-)
+from minigpt.generation.compiler import NotCompiledError, build_in_background, build_library, library_path
 from minigpt.model import GPT, Linear, Norm, rotary_angles
 from minigpt.params import ModelParams
 from minigpt.quantize import WeightDtype, quantize_int8
@@ -72,20 +66,13 @@ def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters:
     except NotCompiledError as error:
         if mode == "always":
             raise UserError(f"sample.compile: no compiled decoder: {error}; set it to auto or never") from None
-        _report(error)
+        _report_once(str(error))
         return None
 
 
 @functools.cache
-def _report_once(message: str) -> None:
-    print(f"minigpt: no compiled decoder: {message}", file=sys.stderr)
-
-
-def _report(error: NotCompiledError) -> None:
-    if isinstance(error, NoCompilerError):
-        _report_once(f"{error}; with one (for example `apt install g++`), text is written 3 to 4 times as fast")
-    else:
-        _report_once(f"{error}; PyTorch is used instead")
+def _report_once(reason: str) -> None:
+    print(f"minigpt: no compiled decoder: {reason}", file=sys.stderr)
 
 
 class _Linear(ctypes.Structure):
