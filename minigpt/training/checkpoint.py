@@ -33,7 +33,7 @@ from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 TRAINING_CODE = (
     "training", "evaluation/loss.py", "data", "runtime/cpu.py", "runtime/device.py", "runtime/distributed.py",
-    "export.py", "model.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
+    "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
 )  # fmt: skip
 """Files and folders of the library that training imports: the same as in the dependencies of the stage train."""
 
