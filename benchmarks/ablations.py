@@ -65,26 +65,26 @@ def built(name: str, seed: int, text: Path) -> Trainer:
 
         mean: list[Tensor] | None = None
 
-        def _step(self, step: int, wish: int = 0) -> Tensor:
-            values = super()._step(step, wish)
+        def train_step(self, step: int, request: int = 0) -> Tensor:
+            values = super().train_step(step, request)
             weights = [p.detach() for p in self.model.parameters()]
             if self.mean is None:
                 self.mean = [p.clone() for p in weights]
             torch._foreach_lerp_(self.mean, weights, 1 - min(EMA, (step + 1) / (step + 10)))
             return values
 
-        def _evaluate(self, step: int, bar: Any) -> None:
+        def evaluate(self, step: int) -> None:
             weights = [p.detach() for p in self.model.parameters()]
             kept = [p.clone() for p in weights]
             if self.mean is not None:
                 torch._foreach_copy_(weights, self.mean)
-            super()._evaluate(step, bar)
+            super().evaluate(step)
             torch._foreach_copy_(weights, kept)
 
     class Growing(Trainer):
         """The batch grows from 0.4 of its size to 1.6 of it; the whole reads as many windows."""
 
-        def _gradient(self, step: int) -> Tensor:
+        def accumulate_gradient(self, step: int) -> Tensor:
             size, steps = self.train.batch_size, self.train.max_iters
             first, after = (int(size * (0.4 * n + 0.6 * n * n / steps)) for n in (step, step + 1))
             batch = self.corpus.train.batch(self.train.seed, first, max(1, after - first), self.block_size)

@@ -215,9 +215,9 @@ def speed_of_minigpt(options: Options, config: str) -> Measured:
     params = profile(config, model={"dropout": 0.0}, train=off)
     run = trainer(params, prepared(options))
     if run.compiled:
-        run._compile(0)
+        run.compile_model(0)
     dtype = run.model.compute_dtype or torch.float32
-    return speed(options, run._step, run.model, dtype)
+    return speed(options, run.train_step, run.model, dtype)
 
 
 @contender("training, characters per second", "Hugging Face GPT-2", who="hf")

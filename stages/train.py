@@ -50,7 +50,7 @@ def main() -> None:
                 outcome = trainer.run()
             except BaseException as error:
                 status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
-                tracker.end(status, trainer.facts["resumed_at"])
+                tracker.end(status, trainer.state.resumed_at)
                 raise
 
             export.export(MODEL, settings.model, outcome.weights, text.tokenizer)
@@ -69,7 +69,7 @@ def main() -> None:
                     if made.exists():
                         tracker.journal.artifact(made, shown_in)
             tracker.journal.tags({"throughput": f"{outcome.metrics['chars_per_second']:,} characters/s"})
-            tracker.end("FINISHED", trainer.facts["resumed_at"])
+            tracker.end("FINISHED", trainer.state.resumed_at)
             checkpoints.remove()
 
 

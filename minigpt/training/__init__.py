@@ -1,4 +1,4 @@
-"""The training loop, its optimizers, its checkpoints and how it is interrupted.
+"""Training loop, optimizers, checkpoints, and control by signals and timers.
 
-May import: generation, evaluation and everything below them.
+May import: evaluation and everything that evaluation may import.
 """

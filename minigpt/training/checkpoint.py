@@ -1,105 +1,133 @@
-"""What a training leaves on disk: the state that it resumes from, and the model that it exports.
+"""Checkpoints that a training resumes from.
 
-Both hold tensors as safetensors and the rest as JSON: nothing is unpickled, so nothing is executed on loading. A
-sharded model's state is written and read with torch's distributed checkpoint, a file for each process, so that its
-processes must share a disk. Any number of processes, sharded or not, goes on from what any other has saved.
+Tensors are stored as safetensors and everything else as JSON: nothing is unpickled, so loading executes no code. A
+sharded model is written with torch's distributed checkpoint, one file per rank, so its ranks must share a disk.
+Any number of ranks, sharded or not, can resume from the checkpoint of any other number.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt.errors import UserError
+from minigpt.export import write_tensors
 from minigpt.files import atomic_directory, write_json
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 TRAINING_CODE = (
-    "training", "evaluation/loss.py", "data", "runtime", "export.py", "model.py", "ops.py", "params.py", "errors.py",
-    "files.py",
+    "training", "evaluation/loss.py", "data", "runtime/cpu.py", "runtime/device.py", "runtime/distributed.py",
+    "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
 )  # fmt: skip
-"""Files and folders of the library that decide the result of a training: the dependencies of the stage train."""
+"""Files and folders of the library that training imports: the same as in the dependencies of the stage train."""
 
-SPREAD = {"processes", "parallel", "activation_checkpointing"}
-"""Params of training that say where it is computed, not what; a checkpoint of one value goes on with another."""
+PLACEMENT_PARAMS = {"processes", "parallel", "activation_checkpointing"}
+"""Params that decide where a training is computed, not its result. They may change between stop and resume."""
 
 
 def fingerprint(params: Params, corpus_digest: str) -> str:
-    """What makes two trainings the same: their params, data and code. 16 hexadecimal digits."""
+    """Return 16 hexadecimal digits that identify a training by its params, data and code."""
     package = Path(__file__).parents[1]
     files = [file for name in TRAINING_CODE for file in (sorted((package / name).rglob("*.py")) or [package / name])]
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    train = params.train.model_dump(exclude=SPREAD)
-    facts = [params.model.model_dump(), train, corpus_digest, code, torch.__version__]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    train = params.train.model_dump(exclude=PLACEMENT_PARAMS)
+    identity = [params.model.model_dump(), train, corpus_digest, code, torch.__version__]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 @dataclass
-class State:
+class TrainState:
+    """Progress of a training, except for its tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        saved_step: the step of the newest checkpoint; 0 if there is none.
+        best_step: the step of the lowest validation loss.
+        best_loss: that loss, in nats per character.
+        evaluations_since_best: evaluations since then, for early stopping.
+        grad_norm: norm of the gradient in the last step, before clipping.
+        train_seconds: seconds of training, without evaluations and checkpoints.
+        resumed_at: the steps that the training was resumed after.
+        history: one row per evaluation.
+    """
+
+    step: int = 0
+    saved_step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    evaluations_since_best: int = 0
+    grad_norm: float = 0.0
+    train_seconds: float = 0.0
+    resumed_at: list[int] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Checkpoint:
     """A training at the end of a step.
 
     Attributes:
         tensors: weights, best weights and optimizer state, by name.
-        facts: everything else, as JSON holds it; ``step`` is the number of steps done.
+        state: everything else.
     """
 
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    state: TrainState
 
 
 class Checkpoints:
-    """The last states of one training, in ``<root>/.checkpoints/<fingerprint>/step-NNNNNN/``.
+    """The last checkpoints of one training, in ``<root>/.checkpoints/<fingerprint>/step-NNNNNN/``.
 
     Args:
-        root: the main workspace, which outlives the copies that DVC runs experiments in.
-        fingerprint: of the training.
+        root: the main workspace. It outlives the copies that DVC runs experiments in.
+        fingerprint: the fingerprint of the training.
     """
 
-    KEPT = 2
+    KEEP = 2
 
     def __init__(self, root: Path, fingerprint: str) -> None:
         self.folder = root / ".checkpoints" / fingerprint
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out of this training while it runs; the system frees the lock of a dead one.
+        """Keep other processes from running this training. The lock of a killed process frees itself.
 
         Raises:
-            UserError: another process trains this; its id is named.
+            UserError: another process is running this training.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.folder.with_suffix(".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise UserError(
-                    f"process {holder} is training exactly this already; wait for it, or end it with `kill {holder}`"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+        lock, holder = FileLock(self.folder.with_suffix(".lock")), self.folder.with_suffix(".pid")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
+            raise UserError(
+                f"process {pid} is already running this training; wait for it, or stop it with `kill {pid}`"
+            ) from None
+        try:
+            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield
+        finally:
+            lock.release()
 
     def run_key(self) -> str:
-        """A name for this training, the same from its first start until it completes; 32 hexadecimal digits."""
+        """Return 32 hexadecimal digits that identify the run from the first start of this training to its end."""
         path = self.folder / "run.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,107 +136,122 @@ class Checkpoints:
             temporary.replace(path)
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])
 
-    def save(self, state: State, group: ProcessGroup = SINGLE_PROCESS) -> None:
-        """Write a state; all but the last two are removed.
+    def save(self, checkpoint: Checkpoint, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Write a checkpoint, then remove all but the last KEEP.
 
         Args:
-            state: the same in all processes, or this one's part of it.
-            group: all must call; only the first writes, unless the state is sharded.
+            checkpoint: the same in all ranks, or this rank's shards.
+            group: all ranks must call; only rank 0 writes, unless the model is sharded.
         """
         if not group.is_main and not group.sharded:
             return
-        target = self.folder / f"step-{state.facts['step']:06d}"
+        target = self.folder / f"step-{checkpoint.state.step:06d}"
         with atomic_directory(target) if group.is_main else nullcontext(target) as folder:
             if group.sharded:
-                _write_parts(group.broadcast_object(folder), state.tensors)
+                _write_shards(group.broadcast_object(folder), checkpoint.tensors)
             else:
-                write_tensors(folder / "state.safetensors", state.tensors)
+                write_tensors(folder / "state.safetensors", checkpoint.tensors)
             if not group.is_main:
                 return
-            write_json(folder / "state.json", state.facts)
+            write_json(folder / "state.json", asdict(checkpoint.state))
             write_json(folder / "digests.json", {path.name: _digest(path) for path in sorted(folder.iterdir())})
-        for old in self._steps()[: -self.KEPT]:
+        for old in self._step_folders()[: -self.KEEP]:
             shutil.rmtree(old)
 
-    def load(self, like: dict[str, Tensor], group: ProcessGroup = SINGLE_PROCESS) -> tuple[State | None, list[str]]:
-        """The newest state that is whole, and a line on each that is not.
+    def load(
+        self, like: dict[str, Tensor], group: ProcessGroup = SINGLE_PROCESS
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """Load the newest intact checkpoint.
 
         Args:
-            like: the tensors that a state has, by name: their shapes, devices and shards.
-            group: all must call, and all get the state that the first has found.
+            like: tensors with the names, shapes, devices and shards to load.
+            group: all ranks must call, and all get the checkpoint that rank 0 finds.
+
+        Returns:
+            The checkpoint, if there is one, and a message for each damaged one.
         """
-        found: tuple[Path, State] | None = None
-        damaged: list[str] = []
-        for folder in reversed(self._steps() if group.is_main else []):
-            try:
-                digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-                if set(digests) != {path.name for path in folder.iterdir()} - {"digests.json"}:
-                    raise ValueError("its files are not those that were recorded")
-                for name, digest in digests.items():
-                    if _digest(folder / name) != digest:
-                        raise ValueError(f"{name} does not have its recorded digest")
-                facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                found = folder, State({} if group.sharded else _read_tensors(folder, like), facts)
-                break
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                damaged.append(f"{folder}: damaged, passed over: {error}")
-        place, damaged = group.broadcast_object((found and (found[0], found[1].facts), damaged))
-        if place is None:
+        folder, found, damaged = self._newest_intact(like, group) if group.is_main else (None, None, [])
+        state = found.state if found else None
+        folder, state, damaged = group.broadcast_object((folder, state, damaged))
+        if folder is None or state is None:
             return None, damaged
         if group.sharded:
-            return State(_read_parts(place[0], like), place[1]), damaged
-        tensors = found[1].tensors if found else {name: torch.empty_like(value) for name, value in like.items()}
+            return Checkpoint(_read_shards(folder, like), state), damaged
+        tensors = found.tensors if found else {name: torch.empty_like(value) for name, value in like.items()}
         group.broadcast_tensors(tensors[name] for name in like)
-        return State(tensors, place[1]), damaged
+        return Checkpoint(tensors, state), damaged
 
-    def others(self) -> int:
-        """How many other unfinished trainings have states here."""
+    def count_others(self) -> int:
+        """Return the number of other unfinished trainings with checkpoints in this workspace."""
         return sum(1 for path in self.folder.parent.glob("*/step-*/digests.json") if path.parent.parent != self.folder)
 
     def remove(self) -> None:
-        """Forget this training, once its outcome is exported."""
+        """Remove the checkpoints of this training, once its result is exported."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_suffix(".lock").unlink(missing_ok=True)
+        for suffix in (".lock", ".pid"):
+            self.folder.with_suffix(suffix).unlink(missing_ok=True)
 
-    def _steps(self) -> list[Path]:
+    def _step_folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))
+        folders = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def _newest_intact(
+        self, like: dict[str, Tensor], group: ProcessGroup
+    ) -> tuple[Path | None, Checkpoint | None, list[str]]:
+        """Find the newest intact checkpoint; tensors of sharded models are not read yet."""
+        damaged: list[str] = []
+        for folder in reversed(self._step_folders()):
+            try:
+                digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+                if set(digests) != {path.name for path in folder.iterdir()} - {"digests.json"}:
+                    raise ValueError("its files are not those that digests.json lists")
+                for name, digest in digests.items():
+                    if _digest(folder / name) != digest:
+                        raise ValueError(f"{name} does not match its digest")
+                state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+                tensors = {} if group.sharded else _read_tensors(folder, like)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                damaged.append(f"{folder}: damaged, skipped: {error}")
+            else:
+                return folder, Checkpoint(tensors, state), damaged
+        return None, None, damaged
 
 
 def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state, whole, on the devices of ``like``."""
+    """Read the full tensors of a checkpoint to the devices of ``like``."""
     if (folder / "state.safetensors").exists():
         read = load_file(folder / "state.safetensors")
         tensors = {name: read[name].to(value.device) for name, value in like.items()}
     else:
-        tensors = _read_parts(folder, like, alone=True)
+        tensors = _read_shards(folder, like, no_dist=True)
     if wrong := [name for name, value in like.items() if tensors[name].shape != value.shape]:
         raise ValueError(f"{wrong[0]} has another shape than the model's")
     return tensors
 
 
-def _write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what this process holds of the tensors; all processes must."""
+def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write this rank's shards of the tensors. All ranks must call."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    save_parts(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def _read_parts(folder: Path, like: dict[str, Tensor], alone: bool = False) -> dict[str, Tensor]:
-    """The tensors of a state, of sharded ones this process's part; all processes must, unless one is ``alone``.
+def _read_shards(folder: Path, like: dict[str, Tensor], no_dist: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, sharded like those of ``like``. All ranks must call, unless ``no_dist``.
 
     Raises:
-        ValueError: the state is not of tensors like these.
+        ValueError: the checkpoint has other tensors.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     tensors = {name: torch.empty_like(value) for name, value in like.items()}
     try:
-        load_parts(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
     except CheckpointException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return tensors

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Control of the training loop: signals, timers, and the decision of all ranks to save or to stop."""
 
 from __future__ import annotations
 
@@ -7,80 +7,87 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minigpt.errors import Interrupted
+from minigpt.runtime.cpu import ancestors
+from minigpt.runtime.distributed import ProcessGroup
+
 CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
-"""The most between two checkpoints; MINIGPT_CHECKPOINT_SECONDS and _STEPS of the environment go before."""
+"""Maximum interval between checkpoints. Overridden by MINIGPT_CHECKPOINT_SECONDS and MINIGPT_CHECKPOINT_STEPS."""
 
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
-"""What may stand between DVC and the stage that it runs."""
+"""Shells that DVC may run a stage in."""
 
-NOTHING, SAVE, STOP = 0, 1, 2
-"""What a process wishes after a step. Only the first wishes to save, so that any sum from STOP on is to stop."""
+CONTINUE, SAVE, STOP = 0, 1, 2
+"""Requests of a rank, and decisions of all ranks. Only rank 0 requests SAVE, so a sum >= STOP means stop."""
 
 
 class DeferredScalars:
-    """Numbers of a step, read on the host one step later, so that the host never waits for a GPU."""
+    """Scalars of a step, read one step later so that the host never waits for the GPU."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[int, Tensor, torch.cuda.Event] | None = None
 
-    def exchange(self, step: int, values: Tensor | None) -> tuple[int, list[float]] | None:
-        """Take the values given last and leave new ones; on a CPU, take the new ones at once."""
-        taken = self._pending
-        self._pending = None
-        if values is not None and values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending = (step, host, event)
-        elif values is not None:
-            taken = (step, values, None)
-        if taken is None:
+    def push(self, step: int, values: Tensor) -> tuple[int, list[float]] | None:
+        """Store the values of a step and return those of the step before; on a CPU, return the new ones."""
+        if not values.is_cuda:
+            return step, values.tolist()
+        # Queue this copy before waiting for the previous one, so that the GPU is never idle.
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous = self.pop()
+        self._pending = (step, host, event)
+        return previous
+
+    def pop(self) -> tuple[int, list[float]] | None:
+        """Wait for the stored values and return them, if there are any."""
+        if self._pending is None:
             return None
-        if taken[2] is not None:
-            taken[2].synchronize()
-        return taken[0], taken[1].tolist()
+        step, host, event = self._pending
+        self._pending = None
+        event.synchronize()
+        return step, host.tolist()
 
 
 class CheckpointTimer:
-    """When the next checkpoint is due, so many seconds or steps after that of ``step``."""
+    """Timer for the next checkpoint, started at the checkpoint of ``step``."""
 
     def __init__(self, step: int) -> None:
         self._step = step + int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
         self._time = time.monotonic() + float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
 
-    def at(self, step: int) -> bool:
-        """Whether it is, after so many steps."""
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is due after ``step`` steps."""
         return step >= self._step or time.monotonic() >= self._time
 
 
 class Stopwatch:
-    """Seconds of training: it stands still while the training is evaluated or saved.
+    """Seconds of training, without the pauses for evaluations and checkpoints.
 
     Args:
-        seconds: what earlier processes have counted.
+        seconds: seconds that earlier processes have counted.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._before = seconds
+        self._counted = seconds
         self._since: float | None = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """What has been counted so far."""
-        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+        """Seconds counted so far."""
+        return self._counted + (time.monotonic() - self._since if self._since is not None else 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the time inside."""
-        self._before, self._since = self.seconds, None
+        self._counted, self._since = self.seconds, None
         try:
             yield
         finally:
@@ -88,53 +95,83 @@ class Stopwatch:
 
 
 class Signals:
-    """What asks a training to stop: SIGINT, SIGTERM, or the death of the DVC that started it.
+    """Handler of SIGINT, of SIGTERM, and of the death of the DVC or torchrun that started this process.
 
-    A second signal, of either kind, ends the process at once.
+    A second signal of either kind ends the process immediately.
     """
 
     def __init__(self) -> None:
-        self._got: list[int] = []
-        self._before: dict[int, Any] = {}
-        self._starters = starters()
-        self._looked = time.monotonic()
+        self._received: list[int] = []
+        self._old_handlers: dict[int, Any] = {}
+        self._launchers = launching_processes()
+        self._checked = time.monotonic()
 
     def __enter__(self) -> Signals:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._before[signum] = signal.signal(signum, self._receive)
+            self._old_handlers[signum] = signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for signum, handler in self._before.items():
+        for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
-        self._got.append(signum)
-        for known in self._before:
-            signal.signal(known, signal.SIG_DFL)
+        self._received.append(signum)
+        for handled in self._old_handlers:
+            signal.signal(handled, signal.SIG_DFL)
 
     def first(self) -> int:
-        """The first that came, 0 for none; SIGHUP stands for a DVC that has died."""
-        if not self._got and self._starters and time.monotonic() - self._looked > 0.5:
-            self._looked = time.monotonic()
-            if starters() != self._starters:
-                self._got.append(signal.SIGHUP)
-        return self._got[0] if self._got else 0
+        """Return the first signal received, or 0. SIGHUP means that DVC or torchrun has died."""
+        if not self._received and self._launchers and time.monotonic() - self._checked > 0.5:
+            self._checked = time.monotonic()
+            if launching_processes() != self._launchers:
+                self._received.append(signal.SIGHUP)
+        return self._received[0] if self._received else 0
 
 
-def starters() -> list[int]:
-    """The processes that this one hangs on: torchrun's agent, and DVC with the shell between them; none: empty."""
-    chain = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
-    if "DVC_STAGE" not in os.environ:
-        return chain
-    try:
-        chain.append(_parent(chain[0]) if chain else os.getppid())
-        if (Path("/proc") / str(chain[-1]) / "comm").read_text().strip() in SHELLS:
-            chain.append(_parent(chain[-1]))
-    except OSError:  # no such file system, or the process has just ended: its own id is told all the same
-        return chain
-    return chain
+class Control:
+    """Agreement of all ranks on when to save and when to stop.
+
+    Each rank sends its request along with the loss of the next step, so agreeing costs no communication of its own.
+
+    Attributes:
+        request: CONTINUE, SAVE or STOP, to be summed over ranks in the next step.
+    """
+
+    def __init__(self, group: ProcessGroup, signals: Signals, step: int) -> None:
+        self._group, self._signals = group, signals
+        self.restart_timer(step)
+
+    def decide(self, step: int, total: int) -> int:
+        """Return CONTINUE, SAVE or, from STOP upwards, stop: the same in all ranks. Update this rank's request.
+
+        Args:
+            step: steps done.
+            total: the sum of requests in the last step that was read.
+        """
+        due = self._group.is_main and self._timer.due(step)
+        self.request = STOP if self._signals.first() else SAVE if due else CONTINUE
+        # A single process need not wait for the sum.
+        return self.request if self._group.world_size == 1 else total
+
+    def restart_timer(self, step: int) -> None:
+        """Start the timer for the next checkpoint, after that of ``step``, and withdraw the request for it."""
+        self._timer, self.request = CheckpointTimer(step), CONTINUE
+
+    def interruption(self, step: int) -> Interrupted:
+        """Return the exception that stops all ranks, whose checkpoint of ``step`` is saved."""
+        signum = self._group.all_reduce_max(self._signals.first())
+        cause = "DVC has ended" if signum == signal.SIGHUP else f"stopped by {signal.Signals(signum).name}"
+        return Interrupted(signum, f"{cause}; saved after step {step}; run the same command to resume")
 
 
-def _parent(pid: int) -> int:
-    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+def launching_processes() -> list[int]:
+    """Return the pids of torchrun's agent and of DVC with its shell, if they started this process, nearest first."""
+    agent, dvc = "TORCHELASTIC_RUN_ID" in os.environ, "DVC_STAGE" in os.environ
+    if not (agent or dvc):
+        return []
+    chain = ancestors()
+    count = agent + dvc
+    if dvc and any(name in SHELLS for _, name in chain[count - 1 : count]):
+        count += 1
+    return [pid for pid, _ in chain[:count]]

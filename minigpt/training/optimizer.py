@@ -1,4 +1,4 @@
-"""Which parameter is updated how: AdamW, Muon, and the learning rate as a pure function of the step."""
+"""Optimizers: AdamW, Muon, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from minigpt.runtime.distributed import from_local, full_tensor, shard_like, to_
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")."""
 
-TOGETHER = 1 << 26
-"""Numbers of the matrices that are orthogonalised in one batch, at most, unless one has more."""
+MAX_BATCH_ELEMENTS = 1 << 26
+"""Maximum number of elements that are orthogonalized in one batch, unless a single matrix has more."""
 
 
 def learning_rate(step: int, train: TrainParams) -> float:
-    """The learning rate of ``step`` (from 0) as a share of its peak: warm-up, then the schedule down to its end."""
+    """Return the learning rate of ``step`` (from 0) as a fraction of its peak: linear warm-up, then the schedule."""
     if step < train.warmup_iters:
         return (step + 1) / train.warmup_iters
     done = (step - train.warmup_iters) / max(1, train.max_iters - train.warmup_iters)
@@ -30,14 +30,14 @@ def learning_rate(step: int, train: TrainParams) -> float:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with singular values near 1, by Newton-Schulz iteration.
+    """Return nearly orthogonal matrices near ``matrices``, by Newton-Schulz iteration.
 
     Args:
         matrices: (..., rows, columns), in the dtype to compute in.
         steps: iterations; five bring every singular value into about [0.7, 1.2].
 
     Returns:
-        the same shape and dtype.
+        A tensor of the same shape and dtype.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
@@ -50,22 +50,21 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every matrix moves by the same amount in all its directions (Jordan et al. 2024).
+    """Momentum with orthogonalized updates: each matrix moves equally far in all directions (Jordan et al. 2024).
 
-    Matrices of one shape are orthogonalised together. Of sharded ones each process keeps the momentum of its part;
-    the matrices are put together batch by batch, and all processes orthogonalise them.
+    Matrices of one shape are orthogonalized as one batch. For a sharded model, each rank keeps the momentum of its
+    shards; the matrices are gathered batch by batch, and every rank orthogonalizes them.
 
     Args:
-        matrices: parameters of two dimensions, each with the number of equal maps stacked in its rows, which are
-            orthogonalised apart.
+        matrices: 2D parameters, each with the number of equal linear maps stacked in its rows. Each map is
+            orthogonalized separately.
         lr: learning rate.
-        momentum: decay of the mean of gradients, with Nesterov's look ahead.
+        momentum: decay of the mean of gradients (Nesterov).
         weight_decay: per unit of learning rate.
-        dtype: what Newton-Schulz is computed in.
+        dtype: dtype of the Newton-Schulz iteration.
 
     Attributes:
-        found_inf: as torch's own optimizers have it: a tensor on the device; where it is not 0, a step changes no
-            parameter.
+        found_inf: tensor on the device, as in torch's own optimizers; if it is not 0, a step changes no parameter.
     """
 
     found_inf: Tensor | None = None
@@ -79,8 +78,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
     ) -> None:
         pairs = list(matrices)
-        self._parts = [parts for _, parts in pairs]
-        self._matrices = [matrix for matrix, _ in pairs]
+        self._matrices, self._maps = [matrix for matrix, _ in pairs], [maps for _, maps in pairs]
         self._dtype = dtype
         own = [to_local(matrix) for matrix in self._matrices]
         super().__init__(own, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -97,25 +95,25 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             directions = self._orthogonalized(list(torch._foreach_lerp(grads, means, group["momentum"])))
             if self.found_inf is not None:
-                good = (~self.found_inf.bool()).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
+                finite = (~self.found_inf.bool()).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * finite)
             elif group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, directions, alpha=-group["lr"])
 
     def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
-        """The updates as :func:`orthogonalize` makes them, times sqrt(max(1, rows / columns)); 0 where not finite."""
+        """Return orthogonalized updates times sqrt(max(1, rows / columns)), or 0 if the gradient is not finite."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
-        for index, (matrix, parts) in enumerate(zip(self._matrices, self._parts, strict=True)):
-            shapes.setdefault((matrix.size(0) // parts, matrix.size(1), matrix.size(0)), []).append(index)
+        for index, (matrix, maps) in enumerate(zip(self._matrices, self._maps, strict=True)):
+            shapes.setdefault((matrix.size(0) // maps, matrix.size(1), matrix.size(0)), []).append(index)
         result = list(updates)
         for (rows, columns, height), alike in shapes.items():
-            size = max(1, TOGETHER // (height * columns))
+            size = max(1, MAX_BATCH_ELEMENTS // (height * columns))
             for members in (alike[first : first + size] for first in range(0, len(alike), size)):
                 own = [from_local(updates[index], self._matrices[index]) for index in members]
                 stacked = torch.stack([full_tensor(update) for update in own]).to(self._dtype)
                 batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
-                # Contiguous, so that all are added to the weights at once.
+                # Contiguous, so that one fused kernel adds all updates to the weights.
                 batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype).contiguous()
                 if self.found_inf is not None:
                     batch = torch.where(self.found_inf.bool(), 0, batch)
@@ -125,22 +123,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """The optimizers of a model, stepped as one.
-
-    Of a sharded model, they hold and update this process's part of each weight.
+    """All optimizers of a model, used as one. For a sharded model, they hold and update this rank's shards.
 
     Args:
-        model: what is trained, on its devices.
-        train: the section ``train`` of the params.
-        dtype: of Muon's iteration.
+        model: the model to train, on its device.
+        train: the params of the section ``train``.
+        dtype: dtype of Muon's Newton-Schulz iteration.
     """
 
     def __init__(self, model: GPT, train: TrainParams, dtype: torch.dtype) -> None:
         self.train = train
-        betas = (train.beta1, train.beta2)
-        params = list(model.parameters())
         self.all: list[torch.optim.Optimizer] = []
+        # From the tensors that the optimizers update, on this rank, to the model's parameters.
         self._weights: dict[Tensor, Tensor] = {}
+        params = list(model.parameters())
         if train.optimizer == "muon":
             matrices = list(model.matrices())
             muon = Muon(matrices, train.learning_rate, train.momentum, train.weight_decay, dtype)
@@ -149,8 +145,7 @@ class Optimizers:
             rest = [p for p in params if p not in set(self._weights.values())]
             groups: list[dict[str, Any]] = [{"params": rest, "lr": train.adam_learning_rate, "weight_decay": 0.0}]
         else:
-            decayed = [p for p in params if p.ndim >= 2]
-            others = [p for p in params if p.ndim < 2]
+            decayed, others = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
             groups = [
                 {"params": decayed, "lr": train.learning_rate, "weight_decay": train.weight_decay},
                 {"params": others, "lr": train.learning_rate, "weight_decay": 0.0},
@@ -160,48 +155,49 @@ class Optimizers:
             own = {to_local(p): p for p in group["params"]}
             self._weights |= own
             group["params"] = list(own)
-        adam = torch.optim.AdamW(groups, betas=betas, eps=train.epsilon, fused=True)
+        adam = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=True)
         self.all.append(adam)
-        for p in (p for group in groups for p in group["params"]):  # what its first step would make
+        # AdamW makes this state in its first step. Make it now, so that a checkpoint always has the same tensors.
+        for p in (p for group in groups for p in group["params"]):
             means = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[p] = {"step": torch.zeros((), device=p.device, dtype=torch.float32), **means}
         for group in self._groups():
             group["peak"] = group["lr"]
 
     def step(self, step: int, found_inf: Tensor | None = None) -> None:
-        """Update the weights at the learning rate of ``step``; not where ``found_inf``, on the device, is not 0."""
-        share = learning_rate(step, self.train)
+        """Update the weights with the learning rate of ``step``, unless ``found_inf``, on the device, is not 0."""
+        fraction = learning_rate(step, self.train)
         for group in self._groups():
-            group["lr"] = group["peak"] * share
+            group["lr"] = group["peak"] * fraction
         for own, weight in self._weights.items():
             if own is not weight:
                 own.grad = None if weight.grad is None else to_local(weight.grad)
-        for one in self.all:
-            one.found_inf = found_inf  # type: ignore[attr-defined]
-            one.step()
+        for optimizer in self.all:
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            optimizer.step()
 
     def _groups(self) -> Iterator[dict[str, Any]]:
-        for one in self.all:
-            yield from one.param_groups
+        for optimizer in self.all:
+            yield from optimizer.param_groups
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, sharded as its weight is, by a name that stays the same: ``0.12.exp_avg``."""
+        """Return the state by stable names such as ``0.12.exp_avg``, each tensor sharded like its weight."""
         tensors = {}
-        for number, one in enumerate(self.all):
-            own = [p for group in one.param_groups for p in group["params"]]
-            for index, state in one.state_dict()["state"].items():
+        for number, optimizer in enumerate(self.all):
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, state in optimizer.state_dict()["state"].items():
                 for name, value in state.items():
                     like = self._weights[own[index]] if value.ndim else value
                     tensors[f"{number}.{index}.{name}"] = from_local(value, like)
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
-        for number, one in enumerate(self.all):
-            state = one.state_dict()
+        """Load the state that :meth:`tensors` returned."""
+        for number, optimizer in enumerate(self.all):
+            state = optimizer.state_dict()
             state["state"] = {}
             for key, value in tensors.items():
                 which, index, name = key.split(".")
                 if int(which) == number:
                     state["state"].setdefault(int(index), {})[name] = to_local(value)
-            one.load_state_dict(state)
+            optimizer.load_state_dict(state)

@@ -1,11 +1,10 @@
-"""The training loop: a pure function of params and corpus, whatever interrupts it."""
+"""Training loop. The result is a function of params and corpus alone, however often it is interrupted."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,48 +13,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt.data.dataset import Corpus, Split, check_context
-from minigpt.errors import Interrupted, UserError
+from minigpt.data.dataset import Corpus, check_context
+from minigpt.errors import UserError
 from minigpt.evaluation.loss import cross_entropy, score
 from minigpt.model import GPT
 from minigpt.params import Params
 from minigpt.runtime.device import compute_dtype
 from minigpt.runtime.distributed import ProcessGroup, full_tensor, to_local
-from minigpt.training.checkpoint import Checkpoints, State
-from minigpt.training.control import NOTHING, SAVE, STOP, CheckpointTimer, DeferredScalars, Signals, Stopwatch
+from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
+from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
 from minigpt.training.optimizer import Optimizers, learning_rate
 
 COMPILE_STEPS = 2000
-"""From this many steps on, compiling for a GPU is taken to pay for the minute that it takes."""
+"""Number of steps from which compiling for a GPU pays for the minute that it takes."""
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
-"""Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM forms)."""
+"""Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions)."""
 
 TRAIN_SAMPLE = 1 << 15
-"""Characters of the training split that an evaluation scores beside the validation split."""
+"""Characters of the training split that an evaluation scores."""
 
 HISTORY = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm")
-"""Columns of the history: losses in nats per character, learning rate as a share of its peak."""
+"""Columns of the history: losses in nats per character, the learning rate as a fraction of its peak."""
 
 
 class Observer(Protocol):
-    """Whoever is told of a training's course."""
+    """Receiver of metrics during a training."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Values at a step; called again for the same steps when a training is resumed."""
+        """Record the values of a step. A resumed training repeats the steps after its checkpoint."""
 
     def mirror(self) -> None:
-        """Keep what was told, and pass it on: the training's clock stands still."""
+        """Flush the recorded metrics to the disk and start to upload them. Training time is not counted."""
 
 
 @dataclass
 class TrainResult:
-    """What a training comes to.
+    """Result of a training.
 
     Attributes:
-        weights: of the step with the least validation loss.
-        history: a row for each evaluation, with the columns of HISTORY.
-        metrics: the outcome in numbers.
+        weights: those of the step with the lowest validation loss.
+        history: one row per evaluation, with the columns of HISTORY.
+        metrics: the training in numbers.
     """
 
     weights: dict[str, Tensor]
@@ -63,26 +62,36 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def micro_seed(seed: int, step: int, micro: int) -> int:
-    """The seed of everything random inside one micro-batch: dropout and replaced characters."""
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """Return the seed for dropout and token noise in one micro-batch."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {micro}".encode(), digest_size=7).digest(), "big")
 
 
-def replace_random_tokens(ids: Tensor, share: float, vocab_size: int) -> Tensor:
-    """``ids`` with a share of them replaced by random characters."""
-    replaced = torch.rand(ids.shape, device=ids.device) < share
+def replace_random_tokens(ids: Tensor, fraction: float, vocab_size: int) -> Tensor:
+    """Return a copy of ``ids`` with a random fraction of them replaced by random ids."""
+    replaced = torch.rand(ids.shape, device=ids.device) < fraction
     return torch.where(replaced, torch.randint_like(ids, vocab_size), ids)
 
 
+def should_compile(setting: str, device: torch.device, steps: int) -> bool:
+    """Return whether ``train.compile`` asks for torch.compile; "auto" means long trainings on a GPU."""
+    return setting == "always" or (setting == "auto" and device.type == "cuda" and steps >= COMPILE_STEPS)
+
+
 class Trainer:
-    """One training.
+    """Training of one model.
 
     Args:
-        params: all of params.yaml; ``model`` and ``train`` decide.
-        corpus: on the device of ``ranks``.
-        group: this process among those of the job.
-        observer: is told of every metric; None in all processes but the first.
-        checkpoints: where the state is kept; the caller holds their lock.
+        params: all params; only the sections ``model`` and ``train`` are used.
+        corpus: the text, on the device of ``group``.
+        group: this process and the others of the job.
+        observer: the receiver of metrics in rank 0, None in the other ranks.
+        checkpoints: the checkpoints of this training. The caller holds their lock.
+
+    Attributes:
+        state: progress so far.
+        best: the weights with the lowest validation loss so far; empty before the first evaluation.
+        clock: time spent on training.
     """
 
     def __init__(
@@ -102,105 +111,92 @@ class Trainer:
         self.model.compute_dtype = dtype
         self.model.checkpointing = self.train.activation_checkpointing
         self.parallel = group.wrap(self.model)
-        how = self.train.compile
-        self.compiled = how == "always" or (
-            how == "auto" and group.device.type == "cuda" and self.train.max_iters >= COMPILE_STEPS
-        )
+        self.compiled = should_compile(self.train.compile, group.device, self.train.max_iters)
         self.logits: Callable[[Tensor], Tensor] = self.parallel
         self.optimizers = Optimizers(self.model, self.train, dtype or torch.float32)
         self.found_inf = torch.zeros((), device=group.device)
         self.best: dict[str, Tensor] = {}
-        self.facts: dict[str, Any] = {
-            "step": 0, "best_step": 0, "best_loss": math.inf, "since_best": 0, "grad_norm": 0.0,
-            "train_seconds": 0.0, "resumed_at": [], "history": [],
-        }  # fmt: skip
+        self.state, self.clock = TrainState(), Stopwatch(0.0)
+        self._losses: list[float] = []
 
     def run(self) -> TrainResult:
-        """Train to the end, from the newest checkpoint where there is one.
+        """Train to the end, from the newest checkpoint if there is one.
 
         Raises:
-            Interrupted: a signal came; the state was saved.
-            UserError: the loss or the gradient is no longer finite; the weights on disk are.
+            Interrupted: a signal came; a checkpoint was saved.
+            UserError: the loss or the gradient is not finite; the weights in the last checkpoint are.
         """
         self._resume()
-        train, facts, late = self.train, self.facts, DeferredScalars()
-        log_interval = max(1, train.eval_interval // 10)
-        due = CheckpointTimer(facts["step"])
-        clock = self.clock = Stopwatch(facts["train_seconds"])
-        logged_at = clock.seconds
-        losses: list[float] = []
-        wish = NOTHING
-        with Signals() as signals, self._bar() as bar:
-            if self.compiled and facts["step"] < train.max_iters:
-                with clock.paused():
-                    self._compile(facts["step"])
-            # One round more than there are steps: the last only evaluates.
-            for step in range(facts["step"], train.max_iters + 1):
+        train, state, scalars = self.train, self.state, DeferredScalars()
+        self.clock = Stopwatch(state.train_seconds)
+        with Signals() as signals, self._progress_bar() as bar:
+            control = Control(self.group, signals, state.step)
+            if self.compiled and state.step < train.max_iters:
+                with self.clock.paused():
+                    self.compile_model(state.step)
+            logged_at = self.clock.seconds
+            # One round more than there are steps: the last round only evaluates.
+            for step in range(state.step, train.max_iters + 1):
                 last = step == train.max_iters
-                if step % train.eval_interval == 0 or last:
-                    self._read(late.exchange(step, None), losses)
-                    with clock.paused():
-                        self._evaluate(step, bar)
-                if last or (train.patience and facts["since_best"] >= train.patience):
+                if last or step % train.eval_interval == 0:
+                    self._read(scalars.pop())
+                    with self.clock.paused():
+                        self.evaluate(step)
+                if last or (train.patience and state.evaluations_since_best >= train.patience):
                     break
-                agreed = self._read(late.exchange(step, self._step(step, wish)), losses)
-                facts["step"] = step + 1
+                total = self._read(scalars.push(step, self.train_step(step, control.request)))
+                state.step = step + 1
                 bar.update()
-                if len(losses) >= log_interval:
-                    self._log(step + 1, losses, clock.seconds - logged_at, bar)
-                    logged_at = clock.seconds
-                    losses.clear()
-                wish = STOP if signals.first() else SAVE if self.group.is_main and due.at(step + 1) else NOTHING
-                if self.group.world_size == 1:
-                    agreed = wish
-                if agreed:
-                    agreed = max(agreed, self._read(late.exchange(step, None), losses))
-                    with clock.paused():
-                        self._save()
-                    due, wish = CheckpointTimer(step + 1), NOTHING
-                if agreed >= STOP:
-                    signum = self.group.all_reduce_max(signals.first())
-                    why = "DVC has ended" if signum == signal.SIGHUP else f"stopped by {signal.Signals(signum).name}"
-                    raise Interrupted(signum, f"{why}; saved after step {step + 1}: run the same again, and it goes on")
+                if len(self._losses) >= max(1, train.eval_interval // 10):
+                    self._log(bar, self.clock.seconds - logged_at)
+                    logged_at = self.clock.seconds
+                decision = control.decide(state.step, total)
+                if decision:
+                    decision = max(decision, self._read(scalars.pop()))
+                    with self.clock.paused():
+                        self.save_checkpoint()
+                    control.restart_timer(state.step)
+                if decision >= STOP:
+                    raise control.interruption(state.step)
         weights = {name: full_tensor(value) for name, value in self.best.items()}
-        return TrainResult(weights, facts["history"], self._metrics())
+        return TrainResult(weights, state.history, self._metrics())
 
     def describe(self) -> str:
-        """The training in one line, for people."""
+        """Return one line on the model, the device and the length of the training."""
         train, device = self.train, self.group.device
-        where = (
+        name = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
         dtype = str(self.model.compute_dtype or torch.float32).removeprefix("torch.")
         return (
-            f"{self.model.num_parameters():,} parameters in {dtype} on {where}; "
+            f"{self.model.num_parameters():,} parameters in {dtype} on {name}; "
             f"{train.max_iters:,} steps of {train.batch_size} x {self.block_size} characters"
             + (", compiled" if self.compiled else "")
             + (f", in {self.group.world_size} processes" if self.group.world_size > 1 else "")
         )
 
-    def _compile(self, step: int) -> None:
-        """Compile the model for training, on the batch of ``step``; no weight changes.
+    def compile_model(self, step: int) -> None:
+        """Compile the model for training, on the batch of ``step``. Weights do not change.
 
         Raises:
-            UserError: it does not compile here, and ``train.compile`` insists.
+            UserError: it does not compile on this machine, and ``train.compile`` is "always".
         """
         from torch._dynamo.exc import TorchDynamoException
 
         self.logits = torch.compile(self.parallel)
         try:
-            self._gradient(step)
+            self.accumulate_gradient(step)
         except TorchDynamoException as error:
-            why = f"torch.compile fails here: {str(error).strip().splitlines()[0]}"
+            reason = f"torch.compile failed: {str(error).strip().splitlines()[0]}"
             if self.train.compile == "always":
-                raise UserError(f"train.compile: {why}; set it to auto or never") from None
+                raise UserError(f"train.compile: {reason}; set it to auto or never") from None
             if self.group.is_main:
-                tqdm.write(f"minigpt: {why}; goes on without")
+                tqdm.write(f"minigpt: {reason}; training without it")
             self.logits, self.compiled = self.parallel, False
         self.model.zero_grad(set_to_none=True)
 
-    def _gradient(self, step: int) -> Tensor:
-        """Add up the gradient of a step's batch; gives this process's share of the loss."""
+    def accumulate_gradient(self, step: int) -> Tensor:
+        """Accumulate the gradient of the batch of ``step``. Return this rank's share of the loss."""
         train = self.train
         mine = self.group.micro_batches(train.grad_accum)
         windows = train.batch_size // train.grad_accum
@@ -210,7 +206,7 @@ class Trainer:
             ids, targets = self.corpus.train.batch(
                 train.seed, first, windows, self.block_size, prefetch_stride=self.group.world_size * windows
             )
-            torch.manual_seed(micro_seed(train.seed, step, micro))
+            torch.manual_seed(micro_batch_seed(train.seed, step, micro))
             if train.token_noise:
                 ids = replace_random_tokens(ids, train.token_noise, self.model.vocab_size)
             with self.group.no_sync(self.parallel, micro != mine[-1]):
@@ -219,134 +215,137 @@ class Trainer:
             total += loss.detach() / train.grad_accum
         return total
 
-    def _step(self, step: int, wish: int = NOTHING) -> Tensor:
-        """One optimizer step; gives (loss, norm of the gradient, sum of the processes' wishes), read later."""
-        total = self._gradient(step)
-        total, wishes = self.group.all_reduce_sum(torch.stack((total, torch.full_like(total, wish)))).unbind()
+    def train_step(self, step: int, request: int = CONTINUE) -> Tensor:
+        """Do one optimizer step. Return loss, gradient norm and the sum of the ranks' requests, on the device."""
+        total = self.accumulate_gradient(step)
+        loss, requests = self.group.all_reduce_sum(torch.stack((total, torch.full_like(total, request)))).unbind()
         grads = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = self.group.grad_norm(grads)
         if self.train.grad_clip:
             torch._foreach_mul_(grads, (self.train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        finite = torch.isfinite(total + norm)
+        finite = torch.isfinite(loss + norm)
         if finite.is_cuda:
-            # Once set it stays set: no later step may touch the weights before the host has seen it.
+            # Once set it stays set: no later step may change the weights before the host has read it.
             self.found_inf = torch.maximum(self.found_inf, (~finite).float())
             self.optimizers.step(step, self.found_inf)
         elif finite:
             self.optimizers.step(step)
         self.model.zero_grad(set_to_none=True)
-        return torch.stack((total, norm, wishes))
+        return torch.stack((loss, norm, requests))
 
-    def _read(self, arrived: tuple[int, list[float]] | None, losses: list[float]) -> int:
-        """Take in what a step gave, and stop where it is not finite; gives the sum of the processes' wishes."""
-        if arrived is None:
-            return NOTHING
-        step, (loss, norm, wishes) = arrived
-        if not math.isfinite(loss + norm):
-            kept = self.facts.get("saved_step", 0)
-            raise UserError(
-                f"training diverged: at step {step} the loss is {loss:.4g} and the gradient's norm {norm:.4g}, "
-                f"at {learning_rate(step, self.train):.3g} of the peak learning rate {self.train.learning_rate:g}; "
-                f"the last good checkpoint is of step {kept}. Try a smaller train.learning_rate or train.grad_clip: 1"
-            )
-        losses.append(loss)
-        self.facts["grad_norm"] = norm
-        return int(wishes)
-
-    def _evaluate(self, step: int, bar: tqdm[Any]) -> None:
-        """Score both splits; keep the weights if they are the best so far."""
-        facts, train = self.facts, self.train
-        if facts["history"] and facts["history"][-1]["step"] >= step:
+    def evaluate(self, step: int) -> None:
+        """Score both splits, and keep the weights if their validation loss is the lowest so far."""
+        state, train = self.state, self.train
+        if state.history and state.history[-1]["step"] >= step:
             return
-        train_loss = self._score(self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars))
-        val_loss = self._score(self.corpus.val, train.eval_chars)
-        values = (step, train_loss, val_loss, learning_rate(step, train), facts["grad_norm"])
-        facts["history"].append(dict(zip(HISTORY, values, strict=True)))
+        limits = ((self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars)), (self.corpus.val, train.eval_chars))
+        train_loss, val_loss = (score(self.model, split, None, chars, self.group).loss for split, chars in limits)
+        values = (step, train_loss, val_loss, learning_rate(step, train), state.grad_norm)
+        state.history.append(dict(zip(HISTORY, values, strict=True)))
         if self.observer:
             self.observer.metrics(step, {"train_loss": train_loss, "val_loss": val_loss})
             self.observer.mirror()
-        facts["since_best"] += 1
-        better = val_loss < facts["best_loss"] or not self.best
+        state.evaluations_since_best += 1
+        better = val_loss < state.best_loss or not self.best
         if better:
-            facts |= {"best_loss": val_loss, "best_step": step, "since_best": 0}
+            state.best_loss, state.best_step, state.evaluations_since_best = val_loss, step, 0
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if self.group.is_main:
-            bar.write(
+            tqdm.write(
                 f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{'   best' if better else ''}"
             )
 
-    def _score(self, split: Split, max_chars: int) -> float:
-        return score(self.model, split, max_chars=max_chars, group=self.group).loss
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the last step."""
+        self.state.saved_step, self.state.train_seconds = self.state.step, self.clock.seconds
+        if self.observer:
+            # Metrics first: a training that resumes from this checkpoint does not report earlier steps again.
+            self.observer.mirror()
+        self.checkpoints.save(Checkpoint(self._tensors(), self.state), self.group)
 
-    def _log(self, step: int, losses: list[float], seconds: float, bar: tqdm[Any]) -> None:
-        """Tell of the steps since the last time; ``seconds`` is how long they took."""
-        loss = sum(losses) / len(losses)
-        speed = len(losses) * self.train.batch_size * self.block_size / max(seconds, 1e-9)
+    def _read(self, scalars: tuple[int, list[float]] | None) -> int:
+        """Record the scalars of a step. Return the sum of the ranks' requests.
+
+        Raises:
+            UserError: the loss or the gradient is not finite.
+        """
+        if scalars is None:
+            return CONTINUE
+        step, (loss, norm, requests) = scalars
+        if not math.isfinite(loss + norm):
+            raise UserError(
+                f"training diverged: at step {step} the loss is {loss:.4g} and the gradient norm {norm:.4g}, "
+                f"at {learning_rate(step, self.train):.3g} of the peak learning rate {self.train.learning_rate:g}; "
+                f"the last good checkpoint is of step {self.state.saved_step}. "
+                "Try a smaller train.learning_rate or train.grad_clip: 1"
+            )
+        self._losses.append(loss)
+        self.state.grad_norm = norm
+        return int(requests)
+
+    def _log(self, bar: tqdm[Any], seconds: float) -> None:
+        """Report the mean loss and the speed since the last report, ``seconds`` ago."""
+        loss = sum(self._losses) / len(self._losses)
+        speed = len(self._losses) * self.train.batch_size * self.block_size / max(seconds, 1e-9)
+        self._losses.clear()
+        step = self.state.step
         values = {
             "batch_loss": loss,
             "learning_rate": self.train.learning_rate * learning_rate(step - 1, self.train),
-            "grad_norm": self.facts["grad_norm"],
+            "grad_norm": self.state.grad_norm,
             "chars_per_second": speed,
         }
         if self.observer:
             self.observer.metrics(step, values)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} characters/s", refresh=False)
 
-    def _bar(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.train.max_iters,
-            initial=self.facts["step"],
-            unit="step",
-            disable=None if self.group.is_main else True,
-        )
-
-    def _save(self) -> None:
-        self.facts |= {"saved_step": self.facts["step"], "train_seconds": self.clock.seconds}
-        if self.observer:
-            self.observer.mirror()  # what was told must not be younger on the disk than the state
-        self.checkpoints.save(State(self._tensors(), self.facts), self.group)
+    def _progress_bar(self) -> tqdm[Any]:
+        # tqdm takes disable=None for "where the output is not a terminal".
+        disable = None if self.group.is_main else True
+        return tqdm(total=self.train.max_iters, initial=self.state.step, unit="step", disable=disable)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The state's tensors: weights, best weights, optimizers."""
+        """Return the tensors of a checkpoint: weights, best weights, optimizer state."""
         weights = self.model.state_dict()
         tensors = {f"weights.{name}": value for name, value in weights.items()}
         tensors |= {f"best.{name}": value for name, value in (self.best or weights).items()}
         return tensors | {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}
 
     def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, and say so."""
-        state, lines = self.checkpoints.load(self._tensors(), self.group)
-        if state:
-            self.model.load_state_dict(_named(state.tensors, "weights."))
-            self.best = _named(state.tensors, "best.")
-            self.optimizers.load(_named(state.tensors, "optimizer."))
-            self.facts = state.facts | {"resumed_at": [*state.facts["resumed_at"], state.facts["step"]]}
-            lines.append(f"goes on after step {state.facts['step']}, from {self.checkpoints.folder}")
-        elif lines:
-            lines.append("starts afresh: no checkpoint of this training is whole")
-        elif self.checkpoints.others():
-            lines.append("starts afresh: the unfinished trainings here are of other params, data or code")
+        """Load the newest intact checkpoint, and report where training starts."""
+        checkpoint, messages = self.checkpoints.load(self._tensors(), self.group)
+        if checkpoint:
+            self.model.load_state_dict(_with_prefix(checkpoint.tensors, "weights."))
+            self.best = _with_prefix(checkpoint.tensors, "best.")
+            self.optimizers.load(_with_prefix(checkpoint.tensors, "optimizer."))
+            self.state = checkpoint.state
+            self.state.resumed_at.append(self.state.step)
+            messages.append(f"resuming after step {self.state.step}, from {self.checkpoints.folder}")
+        elif messages:
+            messages.append("starting from step 0: no checkpoint of this training is intact")
+        elif self.checkpoints.count_others():
+            messages.append("starting from step 0: the unfinished trainings here have other params, data or code")
         if self.group.is_main:
-            for line in lines:
-                tqdm.write(f"minigpt: {line}")
+            for message in messages:
+                tqdm.write(f"minigpt: {message}")
 
     def _metrics(self) -> dict[str, float]:
-        """The training in numbers: losses in nats per character, times in seconds."""
-        facts, seconds = self.facts, self.clock.seconds
-        best = next(row for row in facts["history"] if row["step"] == facts["best_step"])
-        characters = facts["step"] * self.train.batch_size * self.block_size
+        """Return the training in numbers: losses in nats per character, times in seconds."""
+        state, seconds = self.state, max(self.clock.seconds, 1e-9)
+        best = next(row for row in state.history if row["step"] == state.best_step)
+        characters = state.step * self.train.batch_size * self.block_size
+        flops = self.model.flops_per_character() * characters / seconds
         metrics = {
-            "best_step": facts["best_step"],
+            "best_step": state.best_step,
             "val_loss": best["val_loss"],
             "train_loss": best["train_loss"],
-            "last_val_loss": facts["history"][-1]["val_loss"],
-            "steps": facts["step"],
+            "last_val_loss": state.history[-1]["val_loss"],
+            "steps": state.step,
             "parameters": self.model.num_parameters(),
             "train_seconds": round(seconds, 2),
-            "chars_per_second": round(characters / max(seconds, 1e-9)),
+            "chars_per_second": round(characters / seconds),
+            "model_gflops": round(flops / 1e9, 3),
         }
-        flops = self.model.flops_per_character() * characters / max(seconds, 1e-9)
-        metrics["model_gflops"] = round(flops / 1e9, 3)
         if self.group.device.type == "cuda":
             metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.group.device)
             name = torch.cuda.get_device_name(self.group.device)
@@ -356,6 +355,6 @@ class Trainer:
         return metrics
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, without it."""
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Trainings as processes of their own, to be killed, starved and compared."""
+"""Trainings in separate processes, for tests that stop them and compare their results."""
 
 import csv
 import hashlib
@@ -11,10 +11,11 @@ from pathlib import Path
 from helpers.workspace import make_workspace, python, set_params
 
 LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
-"""Steps enough to be killed in the middle of."""
+"""Params of a training that is long enough to be stopped halfway."""
 
 
-def prepared(folder, project_files, *changes):
+def prepare(folder, project_files, *changes):
+    """Make a workspace and run the stage prepare in it."""
     make_workspace(folder, project_files)
     set_params(folder, LONG, *changes)
     ran = python("-m", "stages.prepare", cwd=folder)
@@ -23,6 +24,7 @@ def prepared(folder, project_files, *changes):
 
 
 def environment(**variables):
+    """Return this environment without tracking and DVC, for trainings that save checkpoints often."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return kept | {
@@ -35,7 +37,7 @@ def environment(**variables):
 
 
 def start(*arguments, cwd, **variables):
-    """Start a program in a process group of its own."""
+    """Start a program in its own process group."""
     return subprocess.Popen(
         arguments, cwd=cwd, env=environment(**variables), start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -46,18 +48,20 @@ def start_training(folder, **variables):
     return start(sys.executable, "-m", "stages.train", cwd=folder, **variables)
 
 
-def outcome(folder):
-    """The digest of the trained weights, and the history."""
+def trained_result(folder):
+    """Return the digest of the trained weights, and the history."""
     weights = hashlib.sha256((folder / "models/gpt/model.safetensors").read_bytes()).hexdigest()
     with (folder / "results/train/history.csv").open() as file:
         return weights, list(csv.DictReader(file))
 
 
-def states(folder):
+def saved_checkpoints(folder):
+    """Return a file of each complete checkpoint, in the order of their steps."""
     return sorted((folder / ".checkpoints").glob("*/step-*/digests.json"))
 
 
 def wait_for(condition, process, seconds=120):
+    """Wait until a condition is true. Return False if the process ends first or takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:

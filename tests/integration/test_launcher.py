@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from helpers.trainings import LONG, outcome, prepared, start, states, wait_for
+from helpers.trainings import LONG, prepare, saved_checkpoints, start, trained_result, wait_for
 from helpers.workspace import make_repository, python, set_params
 
 FULL = os.environ.get("TORTURE") == "full"
@@ -38,17 +38,17 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, project_files):
     """Result of an uninterrupted training in one process, with the same micro-batches."""
-    folder = prepared(tmp_path_factory.mktemp("expected") / "work", project_files)
+    folder = prepare(tmp_path_factory.mktemp("expected") / "work", project_files)
     set_params(folder, SINGLE_PROCESS)
     ran = start(sys.executable, "-m", "stages.train", cwd=folder)
     printed, _ = ran.communicate(timeout=300)
     assert ran.returncode == 0, printed
-    return outcome(folder)
+    return trained_result(folder)
 
 
 @pytest.fixture
 def folder(tmp_path, project_files):
-    folder = prepared(tmp_path / "work", project_files)
+    folder = prepare(tmp_path / "work", project_files)
     set_params(folder, TWO_PROCESSES)
     return folder
 
@@ -71,7 +71,7 @@ def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, p
     )
     code, printed = run(repository, "dvc", "repro", "train", **variables)
     assert code == 0, printed
-    assert outcome(repository) == expected
+    assert trained_result(repository) == expected
     assert printed.count("parameters in float32 on CPU, 1 threads") == 1
     assert printed.count("characters, in 2 processes") == 1
     assert printed.count("step      0   train") == 1
@@ -105,15 +105,15 @@ def test_error_in_all_processes_is_reported_once(folder):
 def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expected, program, rank):
     torchrun = ("torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "stages.train")
     for trial in range(5 if FULL else 1):
-        folder = prepared(tmp_path / str(trial), project_files)
+        folder = prepare(tmp_path / str(trial), project_files)
         set_params(folder, TWO_PROCESSES)
         command = torchrun if program == "torchrun" else (sys.executable, "-m", program)
         process = start(*command, cwd=folder)
-        assert wait_for(lambda: states(folder), process), process.communicate()[0]  # noqa: B023
+        assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]  # noqa: B023
         os.kill(ranks_of(process)[rank], signal.SIGKILL)
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
-        assert outcome(folder) == expected, printed
+        assert trained_result(folder) == expected, printed
         assert "resuming after step" in printed
         if program == "stages.train":
             assert f"rank {rank} of 2" in printed
@@ -123,7 +123,7 @@ def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expecte
 @pytest.mark.parametrize("how", ["SIGINT to all", "SIGTERM to the launcher", "SIGKILL to the launcher"])
 def test_stopped_job_saves_and_resumes_in_one_process(folder, expected, how):
     process = start(sys.executable, "-m", "stages.train", cwd=folder)
-    assert wait_for(lambda: states(folder), process), process.communicate()[0]
+    assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]
     ranks = ranks_of(process)
     assert len(ranks) == 2
     if how == "SIGINT to all":
@@ -142,7 +142,7 @@ def test_stopped_job_saves_and_resumes_in_one_process(folder, expected, how):
     code, printed = run(folder)
     assert code == 0, printed
     assert "resuming after step" in printed
-    assert outcome(folder) == expected
+    assert trained_result(folder) == expected
 
 
 def test_processes_that_cannot_share_a_step_equally_are_rejected(folder):
@@ -212,12 +212,12 @@ def can_create_hosts():
 
 @pytest.mark.skipif(not can_create_hosts(), reason="network namespaces need Linux, iproute2 and root")
 def test_job_resumes_after_one_of_two_hosts_is_disconnected_and_killed(tmp_path, project_files, expected):
-    folders = [prepared(tmp_path / name, project_files) for name in ("first", "second")]
+    folders = [prepare(tmp_path / name, project_files) for name in ("first", "second")]
     for folder in folders:
         set_params(folder, SINGLE_PROCESS)  # torchrun decides on the number of processes
     with Hosts() as hosts:
         first, second = hosts.start(folders)
-        assert wait_for(lambda: states(folders[0]), first), first.communicate()[0]
+        assert wait_for(lambda: saved_checkpoints(folders[0]), first), first.communicate()[0]
         hosts.disconnect()
         os.killpg(second.pid, signal.SIGKILL)
         second.communicate(timeout=30)
@@ -232,5 +232,5 @@ def test_job_resumes_after_one_of_two_hosts_is_disconnected_and_killed(tmp_path,
         second.communicate(timeout=60)
         assert first.returncode == second.returncode == 0, printed
     assert "resuming after step" in printed
-    assert outcome(folders[0]) == expected
-    assert not states(folders[1])
+    assert trained_result(folders[0]) == expected
+    assert not saved_checkpoints(folders[1])

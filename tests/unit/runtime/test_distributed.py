@@ -32,10 +32,10 @@ train = {{"grad_accum": 4, "grad_clip": 0.05, "dtype": "float32"}} | json.loads(
 folder = Path(__file__).parent
 
 class StoppingTrainer(Trainer):
-    def _step(self, step, wish=0):
+    def train_step(self, step, request=0):
         if step == int(stop) and group.rank == group.world_size - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return super()._step(step, wish)
+        return super().train_step(step, request)
 
 params = params_with(model={{"init": "normal"}}, train=train)
 with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
@@ -52,7 +52,7 @@ with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
         record = {{
             "history": result.history,
             "scores": [[s.nats, s.count, s.squares] for s in scores],
-            "resumed_at": trainer.facts["resumed_at"],
+            "resumed_at": trainer.state.resumed_at,
         }}
         (folder / f"{{name}}.json").write_text(json.dumps(record))
 """

@@ -1,13 +1,15 @@
+import json
+
 import pytest
 import torch
-from helpers.workspace import params_with
+from helpers.workspace import ROOT, params_with, python
 
 from minigpt.model import GPT
 from minigpt.training.optimizer import Muon, Optimizers, learning_rate, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (2, 24, 6), (1, 1, 5)])
-def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape):
+def test_orthogonalize_keeps_directions_with_singular_values_near_one(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape, dtype=torch.float64)
     result = orthogonalize(matrices)
@@ -19,23 +21,23 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
     assert torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).flatten(1)).min() > 0.95
 
 
-def test_muon_in_one_batch_is_muon_one_by_one():
+def test_muon_updates_a_batch_like_single_matrices():
     torch.manual_seed(0)
     weights = [torch.randn(12, 4), torch.randn(4, 4), torch.randn(4, 4), torch.randn(16, 4), torch.randn(4, 16)]
     weights.append(torch.randn(20, 4))
-    parts = [3, 1, 1, 1, 1, 2]
+    maps = [3, 1, 1, 1, 1, 2]
     ours = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = Muon(zip(ours, parts, strict=True), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
+    muon = Muon(zip(ours, maps, strict=True), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
     expected, means = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
     for _ in range(3):
         for index, p in enumerate(ours):
             p.grad = torch.randn_like(p)
             means[index] = 0.9 * means[index] + 0.1 * p.grad
-            ahead = 0.1 * p.grad + 0.9 * means[index]
-            moves = [
-                orthogonalize(m[None])[0] * max(1, m.size(0) / m.size(1)) ** 0.5 for m in ahead.chunk(parts[index])
+            nesterov = 0.1 * p.grad + 0.9 * means[index]
+            directions = [
+                orthogonalize(m[None])[0] * max(1, m.size(0) / m.size(1)) ** 0.5 for m in nesterov.chunk(maps[index])
             ]
-            expected[index] = expected[index] * (1 - 0.1 * 0.2) - 0.1 * torch.cat(moves)
+            expected[index] = expected[index] * (1 - 0.1 * 0.2) - 0.1 * torch.cat(directions)
         muon.step()
     for p, value in zip(ours, expected, strict=True):
         torch.testing.assert_close(p.data, value, rtol=1e-4, atol=1e-5)
@@ -56,15 +58,15 @@ def fill_gradients(model, value=None):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_updated_by_exactly_one_optimizer(optimizer):
     model, optimizers = model_and_optimizers(optimizer=optimizer, warmup_iters=0)
-    owned = [p for one in optimizers.all for group in one.param_groups for p in group["params"]]
-    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+    updated = [p for optimizer in optimizers.all for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, updated)) == sorted(map(id, model.parameters()))
     before = [p.detach().clone() for p in model.parameters()]
     fill_gradients(model)
     optimizers.step(0)
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_adamw_is_torchs_adam_where_nothing_decays():
+def test_adamw_without_weight_decay_equals_torch_adam():
     model, optimizers = model_and_optimizers(
         optimizer="adamw", weight_decay=0.0, schedule="constant", warmup_iters=0, learning_rate=1e-3, epsilon=1e-8
     )
@@ -82,7 +84,7 @@ def test_adamw_is_torchs_adam_where_nothing_decays():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_marked_as_not_finite_changes_no_weight(optimizer):
+def test_step_with_found_inf_changes_no_weight(optimizer):
     model, optimizers = model_and_optimizers(optimizer=optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     fill_gradients(model, float("nan"))
@@ -91,7 +93,7 @@ def test_a_step_marked_as_not_finite_changes_no_weight(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_saved_state_goes_on_bitwise(optimizer):
+def test_loaded_state_continues_bitwise(optimizer):
     model, optimizers = model_and_optimizers(optimizer=optimizer)
     other, others = model_and_optimizers(optimizer=optimizer)
     torch.manual_seed(1)
@@ -108,7 +110,7 @@ def test_saved_state_goes_on_bitwise(optimizer):
     assert all(torch.equal(p, twin) for p, twin in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_learning_rate_follows_its_schedule():
+def test_learning_rate_follows_schedule():
     def rates(**train):
         section = params_with(train={"max_iters": 110, "warmup_iters": 10, **train}).train
         return [learning_rate(step, section) for step in range(111)]
@@ -119,3 +121,24 @@ def test_learning_rate_follows_its_schedule():
     cosine = rates(schedule="cosine", final_lr_fraction=0.1)
     assert (cosine[10], cosine[60], cosine[110]) == (1.0, pytest.approx(0.55), pytest.approx(0.1))
     assert set(rates(schedule="constant", warmup_iters=0)) == {1.0}
+
+
+def test_an_entry_in_the_table_is_all_that_a_new_schedule_needs():
+    code = (
+        "import json, sys; from minigpt.choices import SCHEDULES\n"
+        "SCHEDULES['square'] = lambda done: (1 - done) ** 2\n"
+        "from minigpt.params import Params; from minigpt.training.optimizer import learning_rate\n"
+        "train = Params.model_validate(json.loads(sys.argv[1])).train\n"
+        "print(json.dumps([learning_rate(step, train) for step in range(111)]))"
+    )
+    tree = params_with(train={"max_iters": 110, "warmup_iters": 10, "final_lr_fraction": 0.1}).model_dump()
+    tree["train"]["schedule"] = "square"
+    ran = python("-c", code, json.dumps(tree), cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    rates = json.loads(ran.stdout)
+    assert (rates[10], rates[60], rates[110]) == (1.0, pytest.approx(0.1 + 0.9 * 0.25), pytest.approx(0.1))
+
+
+def test_unknown_schedule_is_rejected():
+    with pytest.raises(ValueError, match=r"train\.schedule\n.*'constant', 'linear' or 'cosine'"):
+        params_with(train={"schedule": "square"})

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.workspace import params_with
+from safetensors.torch import load_file
 
 from minigpt.data import dataset, encode
 from minigpt.data.dataset import Corpus, Split
@@ -18,37 +20,37 @@ from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
 from minigpt.training.optimizer import Optimizers
-from minigpt.training.trainer import Trainer
+from minigpt.training.trainer import COMPILE_STEPS, Trainer, TrainState, should_compile
 
 SINGLE_PROCESS = ProcessGroup(0, 1, torch.device("cpu"))
 
 
-class Notes:
-    """An observer that remembers, and may act at a step."""
+class RecordingObserver:
+    """Observer that keeps all values and may call a function of the step."""
 
-    def __init__(self, act=None):
-        self.values, self.act = {}, act
+    def __init__(self, on_metrics=None):
+        self.values, self.on_metrics = {}, on_metrics
 
     def metrics(self, step, values):
         self.values.setdefault(step, {}).update(values)
-        if self.act:
-            self.act(step)
+        if self.on_metrics:
+            self.on_metrics(step)
 
     def mirror(self):
         pass
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
     encode.encode_corpus(folder / "a.txt", 0.1, folder)
     return dataset.load_corpus(folder)
 
 
-def trainer(text, folder, act=None, model=None, **train):
+def make_trainer(corpus, folder, on_metrics=None, model=None, **train):
     params = params_with(model={"dropout": 0.2, **(model or {})}, train=train)
-    return Trainer(params, text, SINGLE_PROCESS, Notes(act), Checkpoints(folder, "f00d"))
+    return Trainer(params, corpus, SINGLE_PROCESS, RecordingObserver(on_metrics), Checkpoints(folder, "f00d"))
 
 
 def digest(weights):
@@ -63,132 +65,154 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("how", VARIANTS, ids=str)
-def test_two_trainings_are_bitwise_equal_and_another_seed_is_not(text, tmp_path, how):
-    first, second = (trainer(text, tmp_path / name, **how).run() for name in "ab")
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_training_is_bitwise_deterministic_and_depends_on_the_seed(corpus, tmp_path, variant):
+    first, second = (make_trainer(corpus, tmp_path / name, **variant).run() for name in "ab")
     assert digest(first.weights) == digest(second.weights)
     assert first.history == second.history
-    assert digest(trainer(text, tmp_path / "c", **{**how, "seed": 1}).run().weights) != digest(first.weights)
+    other = make_trainer(corpus, tmp_path / "c", **{**variant, "seed": 1}).run()
+    assert digest(other.weights) != digest(first.weights)
 
 
-@pytest.mark.parametrize("how", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("stop", [1, 5, 7, 11])
-def test_an_interrupted_training_goes_on_bitwise(text, tmp_path, how, stop):
-    whole = trainer(text, tmp_path / "whole", **how).run()
+def test_resume_is_bitwise_identical(corpus, tmp_path, variant, stop):
+    uninterrupted = make_trainer(corpus, tmp_path / "uninterrupted", **variant).run()
 
     def interrupt(step):
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    halted = trainer(text, tmp_path / "halted", interrupt, eval_interval=5, **how)
-    with pytest.raises(Interrupted) as stopped:
-        halted.run()
-    assert stopped.value.signum == signal.SIGTERM
-    assert halted.facts["step"] <= stop + 1
-    resumed = trainer(text, tmp_path / "halted", **how)
-    outcome = resumed.run()
-    assert resumed.facts["resumed_at"] == [halted.facts["step"]]
-    assert digest(outcome.weights) == digest(whole.weights)
-    assert outcome.history == whole.history
+    stopped = make_trainer(corpus, tmp_path / "stopped", interrupt, eval_interval=5, **variant)
+    with pytest.raises(Interrupted) as interrupted:
+        stopped.run()
+    assert interrupted.value.signum == signal.SIGTERM
+    assert stopped.state.step <= stop + 1
+    assert stopped.state.saved_step == stopped.state.step
+    resumed = make_trainer(corpus, tmp_path / "stopped", **variant)
+    result = resumed.run()
+    assert resumed.state.resumed_at == [stopped.state.step]
+    assert digest(result.weights) == digest(uninterrupted.weights)
+    assert result.history == uninterrupted.history
 
 
-def test_how_often_is_evaluated_changes_no_weight(text, tmp_path):
-    often, rarely = (trainer(text, tmp_path / str(n), eval_interval=n) for n in (1, 12))
+def test_public_steps_do_what_run_does(corpus, tmp_path):
+    by_run, by_hand = (make_trainer(corpus, tmp_path / name) for name in ("run", "hand"))
+    result = by_run.run()
+    for step in range(13):
+        if step % 5 == 0 or step == 12:
+            by_hand.evaluate(step)
+        if step < 12:
+            _, by_hand.state.grad_norm, _ = by_hand.train_step(step).tolist()
+            by_hand.state.step = step + 1
+    by_hand.save_checkpoint()
+    assert by_hand.state.history == result.history
+    folder = by_hand.checkpoints.folder / "step-000012"
+    assert TrainState(**json.loads((folder / "state.json").read_text())) == by_hand.state
+    saved = load_file(folder / "state.safetensors")
+    assert digest({name: saved[f"best.{name}"] for name in result.weights}) == digest(result.weights)
+
+
+def test_evaluation_interval_does_not_affect_weights(corpus, tmp_path):
+    often, rarely = (make_trainer(corpus, tmp_path / str(n), eval_interval=n) for n in (1, 12))
     often.run()
     rarely.run()
     assert digest(often.model.state_dict()) == digest(rarely.model.state_dict())
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole(text, tmp_path):
-    def after(parts):
-        one = trainer(
-            text,
-            tmp_path,
-            model={"dropout": 0.0},
-            token_noise=0.0,
-            grad_accum=parts,
-            epsilon=1e-3,
-            optimizer="adamw",
-            dtype="float32",
-        )
-        one.optimizers = Optimizers(one.model.double(), one.train, torch.float64)
-        loss_and_norm = one._step(0)
-        return torch.cat([p.flatten() for p in one.model.parameters()]), loss_and_norm
+def test_gradient_accumulation_equals_the_whole_batch(corpus, tmp_path):
+    def after_one_step(grad_accum):
+        trainer = make_trainer(
+            corpus, tmp_path, model={"dropout": 0.0}, token_noise=0.0, grad_accum=grad_accum, epsilon=1e-3,
+            optimizer="adamw", dtype="float32",
+        )  # fmt: skip
+        trainer.optimizers = Optimizers(trainer.model.double(), trainer.train, torch.float64)
+        scalars = trainer.train_step(0)
+        return torch.cat([p.flatten() for p in trainer.model.parameters()]), scalars
 
-    (one, first), (four, second) = after(1), after(4)
-    torch.testing.assert_close(one, four, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(first, second)
+    (weights_1, scalars_1), (weights_4, scalars_4) = after_one_step(1), after_one_step(4)
+    torch.testing.assert_close(weights_1, weights_4, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(scalars_1, scalars_4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_has_the_same_gradient(text, tmp_path):
+def test_compiled_model_has_the_same_gradient(corpus, tmp_path):
     gradients = []
-    for how in ("never", "always"):
-        one = trainer(text, tmp_path, model={"dropout": 0.0, "attention_window": 5}, compile=how, dtype="float32")
-        for p in one.model.parameters():
+    for setting in ("never", "always"):
+        model = {"dropout": 0.0, "attention_window": 5}
+        trainer = make_trainer(corpus, tmp_path, model=model, compile=setting, dtype="float32")
+        assert trainer.compiled == (setting == "always")
+        for p in trainer.model.parameters():
             torch.nn.init.normal_(p, std=0.1)
-        if one.compiled:
-            one._compile(3)
-            assert one.logits is not one.parallel
-            assert all(p.grad is None for p in one.model.parameters())
-        one._gradient(3)
-        gradients.append(torch.cat([p.grad.flatten() for p in one.model.parameters()]))
+        if trainer.compiled:
+            trainer.compile_model(3)
+            assert trainer.logits is not trainer.parallel
+            assert all(p.grad is None for p in trainer.model.parameters())
+        trainer.accumulate_gradient(3)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_where_nothing_compiles_it_is_told(text, tmp_path, monkeypatch):
+def test_missing_compiler_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
     torch._dynamo.reset()
-    one = trainer(text, tmp_path, compile="always")
-    with pytest.raises(UserError, match=r"train\.compile: torch\.compile fails here: .*no-compiler.*auto or never"):
-        one.run()
+    trainer = make_trainer(corpus, tmp_path, compile="always")
+    with pytest.raises(UserError, match=r"train\.compile: torch\.compile failed: .*no-compiler.*auto or never"):
+        trainer.run()
 
 
-def test_compiling_is_chosen_by_device_and_length(text, tmp_path):
-    chosen = {
-        how: trainer(text, tmp_path, compile=how, max_iters=10**6).compiled for how in ("auto", "always", "never")
-    }
-    assert chosen == {"auto": False, "always": True, "never": False}
+@pytest.mark.parametrize(
+    "setting, device, steps, expected",
+    [
+        ("auto", "cuda", COMPILE_STEPS, True),
+        ("auto", "cuda", COMPILE_STEPS - 1, False),
+        ("auto", "cpu", 10**6, False),
+        ("always", "cpu", 1, True),
+        ("never", "cuda", 10**6, False),
+    ],
+)
+def test_compilation_depends_on_setting_device_and_steps(setting, device, steps, expected):
+    assert should_compile(setting, torch.device(device), steps) == expected
 
 
-def test_the_best_weights_are_the_outcome_and_patience_stops(text, tmp_path):
-    one = trainer(text, tmp_path, max_iters=400, learning_rate=0.3, eval_interval=4, patience=3, schedule="constant")
-    outcome = one.run()
-    losses = [row["val_loss"] for row in outcome.history]
-    assert outcome.metrics["steps"] < 400
+def test_result_has_the_best_weights_and_patience_stops_training(corpus, tmp_path):
+    trainer = make_trainer(
+        corpus, tmp_path, max_iters=400, learning_rate=0.3, eval_interval=4, patience=3, schedule="constant"
+    )
+    result = trainer.run()
+    losses = [row["val_loss"] for row in result.history]
+    assert result.metrics["steps"] < 400
     assert losses.index(min(losses)) == len(losses) - 4
-    best = GPT(one.model.config, text.tokenizer.vocab_size)
-    best.load_state_dict(outcome.weights)
-    assert score(best, text.val).loss == pytest.approx(min(losses), abs=2e-3)
+    best = GPT(trainer.model.config, corpus.tokenizer.vocab_size)
+    best.load_state_dict(result.weights)
+    assert score(best, corpus.val).loss == pytest.approx(min(losses), abs=2e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(text, tmp_path):
-    one = trainer(text, tmp_path, max_iters=9)
-    step, kept = one._step, {}
+def test_divergence_stops_training_before_it_changes_the_weights(corpus, tmp_path):
+    class Diverging(Trainer):
+        def train_step(self, step, request=0):
+            if step == 6:
+                self.last_good = digest(self.model.state_dict())
+                self.model.head.weight.register_hook(lambda grad: grad * math.nan)
+            return super().train_step(step, request)
 
-    def poisoned(number, wish):
-        if number == 6:
-            kept["weights"] = digest(one.model.state_dict())
-            one.model.head.weight.register_hook(lambda grad: grad * math.nan)
-        return step(number, wish)
-
-    one._step = poisoned
+    params = params_with(train={"max_iters": 9})
+    trainer = Diverging(params, corpus, SINGLE_PROCESS, None, Checkpoints(tmp_path, "f00d"))
     with pytest.raises(UserError, match=r"diverged: at step 6 .* last good checkpoint is of step 0"):
-        one.run()
-    assert digest(one.model.state_dict()) == kept["weights"]
+        trainer.run()
+    assert digest(trainer.model.state_dict()) == trainer.last_good
 
 
-def test_a_corpus_shorter_than_the_context_is_refused(text, tmp_path):
+def test_corpus_shorter_than_the_context_is_rejected(corpus, tmp_path):
     with pytest.raises(UserError, match=r"too few for model\.block_size = 5000"):
-        trainer(text, tmp_path, model={"block_size": 5000})
+        make_trainer(corpus, tmp_path, model={"block_size": 5000})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_gpu_trains_what_a_cpu_does(tmp_path, optimizer):
-    text = "the quick brown fox jumps over the lazy dog.\n" * 100
-    (tmp_path / "a.txt").write_text(text)
+def test_gpu_trains_like_cpu(tmp_path, optimizer):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
     encode.encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
     losses = []
     for name in ("cpu", "cuda"):
@@ -197,27 +221,28 @@ def test_a_gpu_trains_what_a_cpu_does(tmp_path, optimizer):
             model={"dropout": 0.0},
             train={"dtype": "float32", "token_noise": 0.0, "device": name, "optimizer": optimizer},
         )
-        there = dataset.load_corpus(tmp_path, device)
-        one = Trainer(params, there, ProcessGroup(0, 1, device), None, Checkpoints(tmp_path / name, "f00d"))
-        torch.set_float32_matmul_precision("highest")  # Muon makes much of what TF32 rounds
-        losses.append([row["val_loss"] for row in one.run().history])
+        group = ProcessGroup(0, 1, device)
+        trainer = Trainer(
+            params, dataset.load_corpus(tmp_path, device), group, None, Checkpoints(tmp_path / name, "f00d")
+        )
+        torch.set_float32_matmul_precision("highest")  # Muon amplifies the rounding errors of TF32
+        losses.append([row["val_loss"] for row in trainer.run().history])
     assert losses[0] == pytest.approx(losses[1], abs=5e-3)
 
 
-def test_metrics_tell_what_was_done(text, tmp_path):
-    one = trainer(text, tmp_path)
-    outcome = one.run()
-    assert [row["step"] for row in outcome.history] == [0, 5, 10, 12]
-    assert outcome.history[0]["val_loss"] == pytest.approx(math.log(text.tokenizer.vocab_size), rel=1e-3)
-    assert outcome.metrics["steps"] == 12
-    told = one.observer.values
-    assert {"train_loss", "val_loss", "batch_loss", "learning_rate", "grad_norm", "chars_per_second"} <= {
-        name for values in told.values() for name in values
-    }
+def test_metrics_describe_the_training(corpus, tmp_path):
+    trainer = make_trainer(corpus, tmp_path)
+    result = trainer.run()
+    assert [row["step"] for row in result.history] == [0, 5, 10, 12]
+    assert result.history[0]["val_loss"] == pytest.approx(math.log(corpus.tokenizer.vocab_size), rel=1e-3)
+    assert result.metrics["steps"] == 12
+    assert {name for values in trainer.observer.values.values() for name in values} == {
+        "train_loss", "val_loss", "batch_loss", "learning_rate", "grad_norm", "chars_per_second"
+    }  # fmt: skip
 
 
-def test_a_markov_source_is_learnt_to_its_entropy_and_never_below_it(tmp_path):
-    """The true model's loss on the very text that is scored is the floor; below it would mean leakage."""
+def test_loss_on_a_markov_source_reaches_its_entropy_and_not_less(tmp_path):
+    """The true model's loss on the scored text is the floor; a lower loss would mean leakage."""
     V, order, n = 8, 2, 400_000
     rng = np.random.default_rng(0)
     table = rng.dirichlet([0.5] * V, size=(V,) * order)
@@ -226,15 +251,15 @@ def test_a_markov_source_is_learnt_to_its_entropy_and_never_below_it(tmp_path):
         ids[t] = min(V - 1, np.searchsorted(cumulative[ids[t - 2], ids[t - 1]], draws[t]))
     cut = n * 9 // 10
     source = Corpus(*(Split(torch.from_numpy(part)) for part in (ids[:cut], ids[cut:])), Tokenizer("abcdefgh"), "")
-    one = trainer(
+    trainer = make_trainer(
         source, tmp_path, model={"n_embd": 64, "block_size": 32, "n_head": 2, "head_size": 16, "dropout": 0.0},
         max_iters=500, batch_size=64, token_noise=0.0, eval_interval=250, eval_chars=10**6, dtype="float32",
     )  # fmt: skip
-    one.run()
+    trainer.run()
     val = ids[cut:].astype(np.int64)
     truth = -np.log(table[val[:-2], val[1:-1], val[2:]])
-    # Windows every 8 characters: but for the very first, each target has 24 characters before it.
-    model_loss = score(one.model, source.val, stride=8).loss
+    # With windows every 8 characters, each target after the first window has 24 characters of context.
+    model_loss = score(trainer.model, source.val, stride=8).loss
     excess = model_loss - truth.mean()
     sampling_error = 4 * truth.std() / math.sqrt(len(truth))
     print(f"model {model_loss:.4f}, true model {truth.mean():.4f}, excess {excess:.4f} nats")
