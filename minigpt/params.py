@@ -187,8 +187,8 @@ class SampleParams(SamplingParams):
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     num_samples: Count
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field("auto", description="format of the weights")
-    compile: Compile = Field("auto", description="whether to use a decoder compiled with g++, on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(default="auto", description="format of the weights")
+    compile: Compile = Field(default="auto", description="whether to use a decoder compiled with g++, on a CPU")
 
 
 class Params(Section):
@@ -284,7 +284,7 @@ def validate(
     Raises:
         UserError: one or more values are wrong. The message lists all of them.
     """
-    mistakes = {name: "missing" for name in missing}
+    mistakes = dict.fromkeys(missing, "missing")
     try:
         validated = model.model_validate(values)
     except ValidationError as invalid:

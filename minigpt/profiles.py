@@ -79,8 +79,8 @@ def write(name: str, force: bool = False) -> None:
     load_profile(name)
     if not (force or _is_committed() or any(map(is_applied, names()))):
         raise UserError(
-            f"{PARAMS}: has changes that are not committed to git, and a profile would overwrite them; commit the file, "
-            "or use --force to overwrite it"
+            f"{PARAMS}: has changes that are not committed to git, and the profile would overwrite them; "
+            "commit the file, or use --force to overwrite it"
         )
     PARAMS.write_text(apply(name, PARAMS.read_text(encoding="utf-8")), encoding="utf-8")
 
