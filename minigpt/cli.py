@@ -109,7 +109,7 @@ def cli(ctx: click.Context) -> None:
 @write_options
 @click.option("--skip-unknown", is_flag=True, help="drop characters of PROMPT that are not in the model's vocabulary")
 def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -> None:
-    r"""Continue PROMPT with a trained model.
+    """Continue PROMPT with a trained model.
 
     Text is shown while it is written, and Ctrl-C stops it. Without PROMPT, the command reads standard input; in a
     terminal, it starts from a newline.
@@ -117,7 +117,7 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     \b
     minigpt write "ROMEO:"
     echo "ROMEO:" | minigpt write --temperature 1 --stop "JULIET:"
-    """
+    """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt = prompt or "\n"

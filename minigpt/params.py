@@ -342,7 +342,7 @@ def _explain(model: type[Section], error: Any) -> str:
         return f"expected {_EXPECTED[kind]}, got {_shown(value)}"
     for limit, words in _LIMITS.items():
         if limit in context:
-            return f"must be {words} {context[limit]}, got {_shown(value)}"
+            return f"must be {words} {str(context[limit]).removesuffix('.0')}, got {_shown(value)}"
     if kind == "string_pattern_mismatch":
         return f"expected 'auto', 'cpu', 'cuda' or 'cuda:0', got {_shown(value)}"
     if kind in ("string_too_short", "too_short"):
