@@ -69,10 +69,10 @@ def contender(measure: str, name: str, **settings: Any) -> Callable[[Callable[..
 
 
 def profile(name: str, **changes: dict[str, Any]) -> Params:
-    """A profile of ``configs/``, with changes by section."""
-    from minigpt import params
+    """Return the params of a profile in ``configs/``, with changes by section."""
+    from minigpt import params, profiles
 
-    tree = params.load(ROOT / "configs" / f"{name}.yaml").model_dump()
+    tree = profiles.load_profile(name, ROOT).model_dump()
     for section, values in changes.items():
         tree[section] |= values
     return params.Params.model_validate(tree)
@@ -394,17 +394,8 @@ def first_of_minigpt(options: Options) -> Measured:
 @contender("first character, seconds", "minigpt write, from the start of the process")
 def first_in_a_terminal(options: Options) -> Measured:
     """Until it has shown the prompt and a character more."""
-    command = [
-        sys.executable,
-        "-m",
-        "minigpt",
-        "write",
-        "ROMEO:",
-        "--model",
-        str(writer(options)),
-        "--device",
-        options.device,
-    ]
+    command = [sys.executable, "-m", "minigpt", "write", "ROMEO:"]
+    command += ["--model", str(writer(options)), "--device", options.device]
     since = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as running:
         shown = running.stdout.read(len("ROMEO:") + 1) if running.stdout else b""

@@ -1,4 +1,4 @@
-"""``python -m minigpt``: the same as the command ``minigpt``."""
+"""``python -m minigpt`` is the same as the command ``minigpt``."""
 
 from minigpt.cli import run
 

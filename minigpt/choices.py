@@ -1,8 +1,8 @@
-"""Tables of the choices that params.yaml offers by name.
+"""Tables of the choices that ``params.yaml`` offers by name.
 
-An entry here is all that a new activation or schedule needs: params.yaml is validated against the tables, the model
-and the optimizer look their function up, and a compiled decoder that does not know a name leaves the model to PyTorch.
-params.yaml is checked before torch is imported, so functions of tensors are given by their import path.
+A new activation or schedule needs one entry here. ``params.yaml`` is validated against the tables, and the model and
+the optimizer look their functions up in them. A compiled decoder that does not implement a name leaves the model to
+PyTorch. Params are validated before torch is imported, so functions of tensors are given by their import path.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Activation:
-    """Activation of the feed-forward layer.
+    """Activation function of the feed-forward layer.
 
     Attributes:
         path: import path of a function of one tensor.
-        maps: equal linear maps that the layer computes as its input. Gated activations take two, next to each other
-            in the last dimension.
+        maps: number of linear maps that compute its input. Gated activations take two, concatenated in the last
+            dimension.
     """
 
     path: str
@@ -29,7 +29,7 @@ class Activation:
 
     @property
     def function(self) -> Callable[[Any], Any]:
-        """The function itself; importing it imports torch."""
+        """The function; the first access imports torch."""
         module, _, name = self.path.rpartition(".")
         function: Callable[[Any], Any] = getattr(importlib.import_module(module), name)
         return function
@@ -44,8 +44,8 @@ ACTIVATIONS = {
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
-"""From the fraction of the steps after the warm-up, in [0, 1], to the fraction of the way that the learning rate still
-has to fall: 1 is its peak, 0 its end."""
+"""Learning rate after the warm-up, from 1 (peak) to 0 (final), as a function of the progress through the remaining
+steps, from 0 to 1."""

@@ -1,149 +1,296 @@
-"""Write in the terminal with a trained model, as it comes.
+"""The command ``minigpt``, with one subcommand per task.
 
-python -m minigpt "ROMEO:"
-echo "ROMEO:" | python -m minigpt --temperature 1 --max-new-tokens 200
+The help and the shell completion must be fast, so torch and mlflow are imported inside the subcommands.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
-import math
 import os
-import re
 import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+import click
 import regex
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
-from minigpt import errors
-from minigpt.runtime import cpu
+from minigpt import __version__, errors, params, profiles
 
+if TYPE_CHECKING:
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.generation.generator import Generator
 
-def graphemes(pieces: Iterable[str]) -> Iterator[str]:
-    """The text of ``pieces`` in pieces that end where a character, as a reader sees it, ends (Unicode's annex 29)."""
-    held = ""
-    for piece in pieces:
-        *whole, held = regex.findall(r"\X", held + piece) or [""]
-        if whole:
-            yield "".join(whole)
-    yield held
+MODEL, RESULTS = Path("models/gpt"), Path("results")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """A converter of arguments to numbers from ``low`` (or above it) to ``high``."""
+class WriteParams(params.SampleParams):
+    """Options of ``minigpt write``: the section ``sample`` of ``params.yaml``, and the device."""
 
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
+    device: params.Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+
+
+class NumberType(click.FloatRange):
+    """Type of a numeric option. The help shows the range, and :func:`params.validate` checks it."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        """Return a number; text that is not a number stays a string, for the same message as in ``params.yaml``."""
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value) if isinstance(value, str) else value
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
+
+class ChoiceType(click.Choice):  # type: ignore[type-arg]
+    """Type of an option with named choices, which :func:`params.validate` checks."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        """Return the value as it is."""
+        return value
 
 
-def device(text: str) -> str:
-    """Check the name of a device."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; there are auto, cpu, cuda, and cuda:1 and so on")
-    return text
+def write_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each field of :class:`WriteParams` with a description to a click command."""
+    for name, field in reversed(WriteParams.model_fields.items()):
+        if field.description:
+            command = click.option(
+                f"--{name.replace('_', '-')}",
+                type=option_type(field),
+                multiple=isinstance(field.default, list),
+                default=None if name == "seed" else field.default,
+                show_default="random" if name == "seed" else bool(field.default != []),
+                help=field.description,
+            )(command)
+    return command
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser("python -m minigpt", description="Continue a text with a trained model.")
-    add = parser.add_argument
-    some, positive, share = number(int, 0), number(float, 0, above=True), number(float, 0, 1)
-    shares = number(float, 0, 1, above=True)
-    add("prompt", nargs="?", help="what to continue; without it, standard input, or a newline at a terminal")
-    add("--model", type=Path, default=Path("models/gpt"), help="folder of the exported model (%(default)s)")
-    add("--max-new-tokens", type=some, default=500, help="characters to write at most (%(default)s)")
-    add("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest character (%(default)s)")
-    add("--top-k", type=some, default=0, help="only the k likeliest characters; 0: all (%(default)s)")
-    add("--top-p", type=shares, default=0.95, help="only the likeliest that together reach this (%(default)s)")
-    add("--min-p", type=share, default=0.0, help="only those this many times as likely as the likeliest (%(default)s)")
-    add("--repetition-penalty", type=positive, default=1.0, help="above 1: fewer repetitions (%(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
-    add("--seed", type=some, help="the same seed gives the same text; without it, a new one each time")
-    add(
-        "--overflow",
-        choices=["reread", "slide", "roll"],
-        default="reread",
-        help="at a full context (%(default)s)",
-    )
-    add("--dtype", choices=["auto", "float32", "bfloat16", "int8"], default="auto", help="of the weights (%(default)s)")
-    add("--compile", choices=["kept", "always", "never"], default="kept", help="of the decoder (%(default)s)")
-    add("--device", type=device, default="auto", help="auto, cpu or cuda (%(default)s)")
-    add("--skip-unknown", action="store_true", help="leave characters out that the model never saw")
-    return parser.parse_args()
+def option_type(field: FieldInfo) -> Any:
+    """Return click's type of the option for a field."""
+
+    def limit(*names: str) -> float | None:
+        return next((getattr(item, name) for item in field.metadata for name in names if hasattr(item, name)), None)
+
+    if get_origin(field.annotation) is Literal:
+        return ChoiceType(get_args(field.annotation))
+    if field.annotation in (int, float):
+        return NumberType(limit("ge", "gt"), limit("le"), min_open=limit("gt") is not None)
+    return click.STRING
 
 
-def main() -> None:
-    """Write.
+@click.group(invoke_without_command=True)
+@click.version_option(__version__)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Train, evaluate and sample a character-level GPT.
 
-    Raises:
-        UserError: there is no such model, or the prompt has a character that it does not know.
+    Run the commands in the root of the repository. `dvc repro` runs the stages.
     """
-    wanted = parse()
-    prompt: str | None = wanted.prompt
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=MODEL,
+    show_default=True,
+    help="folder of the exported model",
+)
+@write_options
+@click.option("--skip-unknown", is_flag=True, help="drop characters of PROMPT that are not in the model's vocabulary")
+def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -> None:
+    """Continue PROMPT with a trained model.
+
+    Text is shown while it is written, and Ctrl-C stops it. Without PROMPT, the command reads standard input; in a
+    terminal, it starts from a newline.
+
+    \b
+    minigpt write "ROMEO:"
+    echo "ROMEO:" | minigpt write --temperature 1 --stop "JULIET:"
+    """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt = prompt or "\n"
-    cpu.configure_cpu(spin=True)
-    from minigpt.data.tokenizer import describe_character
+    if options["seed"] is None:
+        options["seed"] = secrets.randbits(63)
+        if sys.stderr.isatty():
+            print(f"minigpt: --seed {options['seed']}", file=sys.stderr)
+    values = options | {"stop": list(options["stop"]), "prompts": [prompt], "num_samples": 1}
+    sampling = params.validate(WriteParams, values, rename=option_name)
+    generator = load_generator(model, sampling)
+    prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
+    pieces = (piece for (piece,) in generator.stream(prompt, sampling))
+    show(graphemes(itertools.chain([prompt], pieces)))
+
+
+def option_name(key: str) -> str:
+    """Return the option for the dotted key of a value: ``--top-k`` for ``top_k``, ``--stop`` for ``stop.0``."""
+    return f"--{key.partition('.')[0].replace('_', '-')}"
+
+
+def load_generator(model: Path, sampling: WriteParams) -> Generator:
+    """Load the exported model with the weights, decoder and device that the options choose.
+
+    Raises:
+        UserError: there is no such model or device.
+    """
+    from minigpt.runtime import cpu
+
+    cpu.configure_cpu(spin=True)  # before torch is imported
     from minigpt.generation.generator import Generator
-    from minigpt.generation.sampling import SamplingParams
-    from minigpt.runtime import device
+    from minigpt.runtime.device import choose_device
 
     try:
-        chosen = device.choose_device(wanted.device)
+        device = choose_device(sampling.device)
     except errors.UserError:
-        raise errors.UserError(f"--device: there is no {wanted.device} here; use auto or cpu") from None
-    generator = Generator.load(wanted.model, chosen, wanted.dtype, compiled=wanted.compile)
-    tokenizer = generator.tokenizer
-    if wanted.skip_unknown:
+        raise errors.UserError(f"--device: {sampling.device} is not available here; use auto or cpu") from None
+    return Generator.load(model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens)
+
+
+def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:
+    """Return the prompt, without characters that are not in the vocabulary if ``skip_unknown``.
+
+    Raises:
+        UserError: the prompt has such a character.
+    """
+    from minigpt.data.tokenizer import describe_character
+
+    if skip_unknown:
         prompt, unknown = tokenizer.without_unknown(prompt)
         if unknown:
-            print(f"minigpt: left out of the prompt: {', '.join(map(describe_character, unknown))}", file=sys.stderr)
+            print(f"minigpt: dropped from the prompt: {', '.join(map(describe_character, unknown))}", file=sys.stderr)
     try:
         tokenizer.encode(prompt, "the prompt")
     except errors.UserError as error:
-        raise errors.UserError(f"{error}; --skip-unknown leaves such characters out") from None
-    seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
-    sampling = SamplingParams(
-        wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p, wanted.repetition_penalty, wanted.stop, seed,
-        wanted.overflow,
-    )  # fmt: skip
-    written = (piece for (piece,) in generator.stream(prompt, wanted.max_new_tokens, sampling))
+        raise errors.UserError(f"{error}; use --skip-unknown to drop such characters") from None
+    return prompt
+
+
+def graphemes(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the text of ``pieces`` in whole graphemes: characters as a reader sees them (Unicode's annex 29)."""
+    incomplete = ""
+    for piece in pieces:
+        *complete, incomplete = regex.findall(r"\X", incomplete + piece) or [""]
+        if complete:
+            yield "".join(complete)
+    yield incomplete
+
+
+def show(texts: Iterable[str]) -> None:
+    """Print texts as they arrive; Ctrl-C and a closed pipe end the program without a message."""
     last = "\n"
     try:
-        for text in graphemes(itertools.chain([prompt], written)):
+        for text in texts:
             print(text, end="", flush=True)
             last = text[-1:] or last
     except KeyboardInterrupt:
         print()
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter flushes to it at exit
+        sys.exit(128 + signal.SIGPIPE)
     if last != "\n":
         print()
 
 
+@cli.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def check(files: tuple[Path, ...]) -> None:
+    """Validate FILES, by default params.yaml. Valid files print nothing.
+
+    A file in configs/ is validated together with the values of params.yaml that it does not set.
+    """
+    for path in files or [profiles.PARAMS]:
+        if path.parent.name == profiles.DIRECTORY.name:
+            profiles.load_profile(path.stem)
+        else:
+            params.load(path)
+
+
+def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Return the names of the profiles that start with ``incomplete``."""
+    return [name for name in profiles.names() if name.startswith(incomplete)]
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=complete_profile)
+@click.option("--force", is_flag=True, help="overwrite changes of params.yaml that are not committed to git")
+def profile(name: str | None, force: bool) -> None:
+    """Write the profile NAME into params.yaml, or list the profiles.
+
+    A profile in configs/ sets some values of params.yaml. The profile `default` restores the original ones. A star in
+    the list marks the profile that params.yaml has now.
+    """
+    if name:
+        profiles.write(name, force)
+        print(f"minigpt: params.yaml has the values of {name}; `dvc repro` runs it")
+        return
+    for each in profiles.names():
+        print(f"{'*' if profiles.is_applied(each) else ' '} {each:<18} {profiles.describe(each)}")
+
+
+@cli.command()
+def summary() -> None:
+    """Show the results of all stages."""
+    from minigpt.summary import summarize
+
+    click.echo(summarize(MODEL, RESULTS))
+
+
+@cli.command()
+def sync() -> None:
+    """Upload runs that are not in MLflow yet."""
+    from minigpt.tracking.store import resolve_tracking_uri
+    from minigpt.tracking.uploader import Uploader, sync
+
+    count = sync()
+    print(f"minigpt: {count} runs are in {Uploader(resolve_tracking_uri()).display_uri}")
+
+
+@cli.command()
+@click.argument("repo")
+def dagshub(repo: str) -> None:
+    """Connect DVC and MLflow to DagsHub.
+
+    REPO is user/repo. The token comes from DAGSHUB_USER_TOKEN; in a terminal, the command asks for it.
+    """
+    from minigpt.tracking import dagshub
+
+    dagshub.connect(repo, dagshub.read_token())
+
+
+@cli.command()
+def plots_page() -> None:
+    """Make the page of `dvc plots show` work without a network."""
+    from minigpt.evaluation.plots_page import write_page
+
+    write_page()
+
+
+def main() -> None:
+    """Run the command line, and raise its errors as errors of this project."""
+    try:
+        cli.main(prog_name="minigpt", standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".")
+        usage = f"; see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
+        raise errors.UserError(f"{message[:1].lower()}{message[1:]}{usage}") from None
+
+
 def run() -> None:
-    """Call :func:`main`; Ctrl-C and a closed pipe end it without a word."""
+    """Run ``minigpt`` as a program."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    try:
-        errors.run(main)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter flushes into it again
-        sys.exit(128 + signal.SIGPIPE)
-
-
-if __name__ == "__main__":
-    run()
+    errors.run(main)

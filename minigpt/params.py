@@ -1,17 +1,12 @@
-"""The typed tree of ``params.yaml``: strict, and every mistake reported at once with its dotted name.
-
-``python -m minigpt.params`` checks the file in this folder, or those named as arguments, and prints nothing
-when all is well.
-"""
+"""Typed params of ``params.yaml``, with strict validation that reports all mistakes together by their dotted names."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -26,35 +21,46 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from minigpt.choices import ACTIVATIONS, SCHEDULES
-from minigpt.errors import UserError, run
+from minigpt.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Compile = Literal["auto", "always", "never"]
+
+RENAMED = {
+    "train.final_lr": "train.final_lr_fraction",
+    "train.token_dropout": "train.token_noise",
+}
+"""Keys of earlier versions, with their present names."""
+
+RENAMED_VALUES = {("overflow", "hop"): "reread"}
+"""Values of earlier versions, by key and value, with their present names."""
 
 
 class OneOf:
-    """Validator of a name against the keys of a table in :mod:`minigpt.choices`."""
+    """Validator that accepts the names of a table in :mod:`minigpt.choices`."""
 
     def __init__(self, table: Mapping[str, object]) -> None:
         self.table = table
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Accept exactly the names of the table."""
+        """Return a schema that accepts exactly the names of the table."""
         return core_schema.literal_schema(list(self.table))
 
 
 class Section(BaseModel):
-    """A section of ``params.yaml``: exact types, no unknown keys, no infinities, immutable."""
+    """Section of ``params.yaml``: immutable, with exact types, without unknown keys or infinite numbers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataParams(Section):
-    """What is read, and how it is split; owned by the stage prepare."""
+    """The text and its split; the stage prepare depends on them."""
 
     source: Annotated[str, Field(min_length=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -62,7 +68,7 @@ class DataParams(Section):
 
 
 class ModelParams(Section):
-    """The architecture; owned by the stage train."""
+    """The architecture; the stage train depends on it."""
 
     n_layer: Count
     n_head: Count
@@ -81,25 +87,25 @@ class ModelParams(Section):
     bias: bool
     tied_head: bool
     init: Literal["zero", "normal"]
-    dropout: Share
+    dropout: Fraction
     dropout_kind: Literal["element", "channel"]
 
     @field_validator("positions")
     @classmethod
-    def _rotary_needs_pairs(cls, positions: str, info: ValidationInfo) -> str:
+    def _check_rotary_head_size(cls, positions: str, info: ValidationInfo) -> str:
         head_size = info.data.get("head_size", 0)
         if positions == "rotary" and head_size % 2:
-            raise ValueError(f"rotary positions turn pairs of channels, so head_size must be even, got {head_size}")
+            raise ValueError(f"rotary positions rotate pairs of channels, so head_size must be even, got {head_size}")
         return positions
 
 
 class TrainParams(Section):
-    """The training; owned by the stage train."""
+    """The training; the stage train depends on it."""
 
     seed: Seed
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Device
     dtype: Literal["auto", "float32", "bfloat16"]
-    compile: Literal["auto", "always", "never"]
+    compile: Compile
     deterministic: bool
     max_iters: CountOrZero
     batch_size: Count
@@ -110,49 +116,52 @@ class TrainParams(Section):
     optimizer: Literal["adamw", "muon"]
     learning_rate: NotNegative
     adam_learning_rate: NotNegative
-    momentum: Share
-    beta1: Share
-    beta2: Share
+    momentum: Fraction
+    beta1: Fraction
+    beta2: Fraction
     epsilon: Positive
     weight_decay: NotNegative
     schedule: Annotated[str, OneOf(SCHEDULES)]
     warmup_iters: CountOrZero
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
     grad_clip: NotNegative
-    token_noise: Share
+    token_noise: Fraction
     eval_interval: Count
     eval_chars: Count
     patience: CountOrZero
 
     @field_validator("grad_accum")
     @classmethod
-    def _equal_parts(cls, grad_accum: int, info: ValidationInfo) -> int:
+    def _check_grad_accum(cls, grad_accum: int, info: ValidationInfo) -> int:
         batch_size = info.data.get("batch_size", grad_accum)
         if batch_size % grad_accum:
-            raise ValueError(f"must divide batch_size into equal parts: {batch_size} is no multiple of {grad_accum}")
+            raise ValueError(f"must divide batch_size into equal parts; {batch_size} is not a multiple of {grad_accum}")
         return grad_accum
 
     @field_validator("processes")
     @classmethod
-    def _shared_equally(cls, processes: int, info: ValidationInfo) -> int:
+    def _check_processes(cls, processes: int, info: ValidationInfo) -> int:
         grad_accum = info.data.get("grad_accum", processes)
         if grad_accum % processes:
             raise ValueError(
-                f"{processes} processes share a step's train.grad_accum parts equally, and {grad_accum} is no multiple "
-                f"of {processes}: set train.grad_accum to {processes} as well"
+                f"train.grad_accum must be a multiple of the number of processes, and {grad_accum} is not a multiple "
+                f"of {processes}; set train.grad_accum to {processes} as well"
             )
         return processes
 
 
 class EvaluateParams(Section):
-    """How the trained model is scored; owned by the stage evaluate."""
+    """The evaluation; the stage evaluate depends on it."""
 
     stride: CountOrZero
     train_chars: Count
 
 
 class SamplingParams(Section):
-    """How new characters are chosen: the same in ``params.yaml``, on the command line and in requests to a server."""
+    """Sampling parameters, the same in ``params.yaml``, on the command line and in requests to a server.
+
+    ``params.yaml`` must give all of them. The defaults apply to the command line and to requests.
+    """
 
     max_new_tokens: CountOrZero = Field(default=500, description="characters to write after the prompt, at most")
     temperature: NotNegative = Field(default=0.8, description="divides the logits; 0: always the most likely character")
@@ -174,12 +183,12 @@ class SamplingParams(Section):
 
 
 class SampleParams(SamplingParams):
-    """What the trained model writes; owned by the stage sample."""
+    """The generated samples; the stage sample depends on them."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     num_samples: Count
-    dtype: Literal["auto", "float32", "bfloat16", "int8"]
-    compile: Literal["auto", "always", "never"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(default="auto", description="format of the weights")
+    compile: Compile = Field(default="auto", description="whether to use a decoder compiled with g++, on a CPU")
 
 
 class Params(Section):
@@ -193,7 +202,7 @@ class Params(Section):
 
     @field_validator("evaluate")
     @classmethod
-    def _no_gap_between_windows(cls, evaluate: EvaluateParams, info: ValidationInfo) -> EvaluateParams:
+    def _check_stride(cls, evaluate: EvaluateParams, info: ValidationInfo) -> EvaluateParams:
         model = info.data.get("model")
         if model and evaluate.stride > model.block_size:
             raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
@@ -201,15 +210,15 @@ class Params(Section):
 
     @field_validator("sample")
     @classmethod
-    def _rolling_needs_distances(cls, sample: SampleParams, info: ValidationInfo) -> SampleParams:
+    def _check_overflow(cls, sample: SampleParams, info: ValidationInfo) -> SampleParams:
         model = info.data.get("model")
         if model and sample.overflow == "roll" and model.positions == "learned":
-            raise ValueError("its overflow: roll needs model.positions: rotary; with learned ones, take hop or slide")
+            raise ValueError("its overflow: roll needs model.positions: rotary; with learned ones, use reread or slide")
         return sample
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (``3e-4`` is a number), as DVC reads them; PyYAML alone would give the text '3e-4'."""
+    """YAML loader that reads ``3e-4`` as a number, like YAML 1.2 and DVC do. PyYAML reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -220,28 +229,81 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
-    """Read and check a params file.
+    """Read and validate a params file.
 
     Raises:
-        UserError: the file is missing or is no YAML mapping, or any of its values is wrong; all are named.
+        UserError: the file is missing or not a YAML mapping, a key is missing, or a value is wrong. The message lists
+            all mistakes.
     """
     try:
-        tree = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)  # noqa: S506 - a SafeLoader
+        return parse(path.read_bytes().decode("utf-8-sig"), str(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the repository's root, where params.yaml lies") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
+        raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable: {_one_line(error)}") from None
+
+
+def parse(text: str, source: str) -> Params:
+    """Validate the text of a params file as :func:`load` does. Messages call the file ``source``."""
     try:
-        return Params.model_validate(tree)
+        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
+    # Fields with a default must be in the file too, because DVC compares only the values in the file.
+    missing = [
+        f"{name}.{key}"
+        for name, section in Params.model_fields.items()
+        for key in getattr(section.annotation, "model_fields", ())
+        if isinstance(values := tree.get(name), dict) and key not in values
+    ]
+    return validate(Params, tree, f"{source}: ", missing=missing)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(
+    model: type[SectionT],
+    values: dict[str, Any],
+    prefix: str = "",
+    *,
+    rename: Callable[[str], str] = str,
+    missing: Iterable[str] = (),
+) -> SectionT:
+    """Return ``values`` as an instance of ``model``.
+
+    Args:
+        model: a section, or all of :class:`Params`.
+        values: its values by key.
+        prefix: start of the error message.
+        rename: function from a dotted key to the name in the error message.
+        missing: dotted keys to report as missing, in addition to the fields without a default.
+
+    Raises:
+        UserError: one or more values are wrong. The message lists all of them.
+    """
+    mistakes = dict.fromkeys(missing, "missing")
+    try:
+        validated = model.model_validate(values)
     except ValidationError as invalid:
-        lines = [_explain(error) for error in invalid.errors()]
-    raise UserError(f"{path}: " + (lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes", *lines])))
+        mistakes |= {".".join(map(str, error["loc"])): _explain(model, error) for error in invalid.errors()}
+    else:
+        if not mistakes:
+            return validated
+    for old, new in RENAMED.items():
+        if old in mistakes:
+            mistakes.pop(new, None)
+    lines = [
+        f"{rename(name)} was renamed {RENAMED[name]}" if name in RENAMED else f"{rename(name)}: {mistake}"
+        for name, mistake in mistakes.items()
+    ]
+    raise UserError(prefix + (lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes", *lines])))
 
 
 def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names and values, as DVC and MLflow show them: ``{'model.n_embd': 384, ...}``."""
+    """Return the values by dotted name, as DVC and MLflow show them: ``{'model.n_embd': 384, ...}``."""
     tree = section.model_dump() if isinstance(section, BaseModel) else section
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -262,34 +324,33 @@ _EXPECTED = {
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def _explain(error: Any) -> str:
-    """One of pydantic's errors as ``model.n_embd: expected an integer, got 'abc'``."""
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    location = list(error["loc"])
-    name = ".".join(map(str, location))
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _keys(location[:-1]), n=1, cutoff=0.5)
-        return f"{name}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+def _explain(model: type[Section], error: Any) -> str:
+    """Return one of pydantic's errors as a short message, such as ``expected an integer, got 'abc'``."""
+    kind, context, value, location = error["type"], error.get("ctx", {}), error["input"], error["loc"]
     if kind == "missing":
-        return f"{name}: missing"
+        return "missing"
+    if kind == "extra_forbidden":
+        closest = difflib.get_close_matches(str(location[-1]), _keys(model, location[:-1]), n=1, cutoff=0.5)
+        return "unknown key" + (f"; did you mean {closest[0]}?" if closest else "")
     if kind == "value_error":
-        return f"{name}: {context['error']}"
+        return str(context["error"])
     if kind == "literal_error":
-        return f"{name}: expected {context['expected']}, got {_shown(value)}"
+        if renamed := RENAMED_VALUES.get((location[-1], value if isinstance(value, str) else "")):
+            return f"{value} was renamed {renamed}"
+        return f"expected {context['expected']}, got {_shown(value)}"
     if kind in _EXPECTED:
-        return f"{name}: expected {_EXPECTED[kind]}, got {_shown(value)}"
+        return f"expected {_EXPECTED[kind]}, got {_shown(value)}"
     for limit, words in _LIMITS.items():
         if limit in context:
-            return f"{name}: must be {words} {context[limit]}, got {_shown(value)}"
+            return f"must be {words} {str(context[limit]).removesuffix('.0')}, got {_shown(value)}"
     if kind == "string_pattern_mismatch":
-        return f"{name}: expected 'auto', 'cpu', 'cuda' or 'cuda:0', got {_shown(value)}"
+        return f"expected 'auto', 'cpu', 'cuda' or 'cuda:0', got {_shown(value)}"
     if kind in ("string_too_short", "too_short"):
-        return f"{name}: must not be empty"
-    return f"{name}: {error['msg']}, got {_shown(value)}"
+        return "must not be empty"
+    return f"{error['msg']}, got {_shown(value)}"
 
 
-def _keys(location: list[Any]) -> list[str]:
-    section: Any = Params
+def _keys(section: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)
@@ -302,12 +363,3 @@ def _shown(value: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _main() -> None:
-    for path in sys.argv[1:] or ["params.yaml"]:
-        load(Path(path))
-
-
-if __name__ == "__main__":
-    run(_main)

@@ -1,4 +1,4 @@
-"""The four stages of ``dvc.yaml``: verbs over the library. This is where each finds what another wrote."""
+"""The four stages of ``dvc.yaml``, and the folders in which each finds the outputs of the others."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Read a text; write its vocabulary and its tokens, split in two.
+"""Encode the text, and write the vocabulary, the training split and the validation split.
 
 python -m stages.prepare        data.source -> data/prepared/{train,val}.npy, tokenizer.json
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minigpt import errors, params
-from minigpt.data import encode
+from minigpt.data.encode import encode_corpus
 from minigpt.files import atomic_directory
 from stages import PREPARED
 
@@ -17,10 +17,10 @@ def main() -> None:
     """Run the stage."""
     data = params.load().data
     with atomic_directory(PREPARED) as folder:
-        tokenizer, n_train, n_val = encode.encode_corpus(Path(data.source), data.val_fraction, folder, data.normalize)
+        tokenizer, n_train, n_val = encode_corpus(Path(data.source), data.val_fraction, folder, data.normalize)
     print(
-        f"minigpt: {data.source}: {n_train:,} characters to train on, {n_val:,} to validate, "
-        f"{tokenizer.vocab_size} different ones"
+        f"minigpt: {data.source}: {n_train:,} training characters, {n_val:,} validation characters, "
+        f"vocabulary of {tokenizer.vocab_size}"
     )
 
 

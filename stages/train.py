@@ -1,10 +1,10 @@
-"""Train a GPT on the prepared tokens, tracked as one MLflow run.
+"""Train a GPT on the prepared tokens, as one MLflow run.
 
     python -m stages.train        data/prepared -> models/gpt, results/train/{history.csv,metrics.json,run.json}
     torchrun --nproc-per-node 2 -m stages.train
 
-With train.processes above 1, the first is the second with that many processes. Killed at any moment, it goes on from
-its last checkpoint when it is run again.
+If train.processes > 1, the first command starts that number of processes. A training that was killed resumes from its
+last checkpoint when the same command runs again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from __future__ import annotations
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, write_csv, write_json
+from minigpt.files import atomic_directory, workspace, write_csv, write_json
 from minigpt.runtime import cpu, launcher
 from stages import MODEL, PREPARED, RESULTS
+
+if TYPE_CHECKING:
+    from minigpt.tracking.run import Tracker
+    from minigpt.training.trainer import TrainResult
 
 
 def main() -> None:
@@ -24,58 +29,62 @@ def main() -> None:
     settings = params.load()
     if launcher.launch("stages.train", settings.train.processes):
         return
-    cpu.configure_cpu()
+    cpu.configure_cpu()  # before torch is imported
     from minigpt import export
-    from minigpt.data import dataset
-    from minigpt.evaluation import charts
-    from minigpt.files import workspace
+    from minigpt.data.dataset import check_context, load_corpus
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
-    from minigpt.training import checkpoint
+    from minigpt.training.checkpoint import Checkpoints, fingerprint
     from minigpt.training.trainer import Trainer
 
-    with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as job:
-        text = dataset.load_corpus(PREPARED, job.device)
-        dataset.check_context(text, settings.model.block_size)
-        checkpoints = checkpoint.Checkpoints(workspace(), checkpoint.fingerprint(settings, text.digest))
-        with checkpoints.locked() if job.is_main else nullcontext():
-            tracker = Tracker(checkpoints.run_key()) if job.is_main else None
-            trainer = Trainer(settings, text, job, tracker, checkpoints)
+    with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
+        corpus = load_corpus(PREPARED, group.device)
+        check_context(corpus, settings.model.block_size)
+        checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
+        with checkpoints.locked() if group.is_main else nullcontext():
+            tracker = Tracker(checkpoints.run_key()) if group.is_main else None
+            trainer = Trainer(settings, corpus, group, tracker, checkpoints)
             if tracker is None:
                 trainer.run()
                 return
-            tracker.begin(settings, text.digest, {"train": len(text.train), "val": len(text.val)}, job.device)
-            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} goes to {tracker.display_uri}")
+            tracker.begin(settings, corpus.digest, {"train": len(corpus.train), "val": len(corpus.val)}, group.device)
+            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}")
             try:
-                outcome = trainer.run()
+                result = trainer.run()
             except BaseException as error:
                 status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
                 tracker.end(status, trainer.state.resumed_at)
                 raise
-
-            export.export(MODEL, settings.model, outcome.weights, text.tokenizer)
+            export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
             with atomic_directory(RESULTS / "train") as folder:
-                write_csv(folder / "history.csv", outcome.history)
-                write_json(folder / "metrics.json", outcome.metrics)
+                write_csv(folder / "history.csv", result.history)
+                write_json(folder / "metrics.json", result.metrics)
                 write_json(folder / "run.json", {"run": tracker.journal.key})
-
-            tracker.metrics(int(outcome.metrics["steps"]), {f"train.{k}": v for k, v in outcome.metrics.items()})
-            tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
-            with tempfile.TemporaryDirectory() as temporary:
-                chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
-                tracker.attempt("loss chart", lambda: charts.loss_chart(outcome.history, settings.data.source, chart))
-                tracker.attempt("packaged model", lambda: package(packaged))
-                for made, shown_in in ((chart, "train"), (packaged, "")):
-                    if made.exists():
-                        tracker.journal.artifact(made, shown_in)
-            tracker.journal.tags({"throughput": f"{outcome.metrics['chars_per_second']:,} characters/s"})
+            record(result, tracker, settings.data.source)
             tracker.end("FINISHED", trainer.state.resumed_at)
             checkpoints.remove()
 
 
+def record(result: TrainResult, tracker: Tracker, source: str) -> None:
+    """Record the metrics, the loss chart and the packaged model in the MLflow run."""
+    from minigpt.evaluation.charts import loss_chart
+
+    metrics = result.metrics
+    tracker.metrics(int(metrics["steps"]), {f"train.{name}": value for name, value in metrics.items()})
+    tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
+    with tempfile.TemporaryDirectory() as temporary:
+        chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
+        tracker.attempt("loss chart", lambda: loss_chart(result.history, source, chart))
+        tracker.attempt("packaged model", lambda: package(packaged))
+        for path, artifact_folder in ((chart, "train"), (packaged, "")):
+            if path.exists():
+                tracker.journal.artifact(path, artifact_folder)
+    tracker.journal.tags({"throughput": f"{metrics['chars_per_second']:,} characters/s"})
+
+
 def package(target: Path) -> None:
-    """The model as an MLflow model; mlflow need not be there to train."""
-    from minigpt.generation import serving
+    """Package the exported model as an MLflow model."""
+    from minigpt.generation import serving  # imports mlflow; without it, only this fails
 
     serving.package(MODEL, target)
 

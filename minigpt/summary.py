@@ -1,0 +1,82 @@
+"""Summary of the results of all stages, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from minigpt import params
+from minigpt.errors import UserError
+from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
+from minigpt.tracking.uploader import Uploader
+
+SAMPLE_LINES = 12
+
+
+def summarize(model: Path, results: Path) -> str:
+    """Return the summary of the stages that wrote to the folders ``model`` and ``results``.
+
+    Raises:
+        UserError: a stage has not been run.
+    """
+    source = params.load().data.source
+    train, evaluation, sample = (_metrics(results / stage) for stage in ("train", "evaluate", "sample"))
+    val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
+    best, ngram = min((loss, name) for name, loss in evaluation["baselines"].items() if name != "characters")
+    comparison = "better" if val["loss"] < best else "worse"
+    error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
+    with (results / "train" / "history.csv").open(newline="") as file:
+        untrained = float(next(csv.DictReader(file))["val_loss"])
+    uri = Uploader(resolve_tracking_uri()).display_uri
+    local = uri == local_store_uri()
+    runs = "make ui" if local else f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    minutes, seconds = divmod(round(train["train_seconds"]), 60)
+    return f"""
+  {source}
+  {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
+
+  validation loss   {val["loss"]:.4f} nats, {val["bits_per_character"]:.4f} bits per character
+                    exact over {val["characters"]:,} characters{error}
+                    before training: {untrained:.4f} nats
+  training loss     {evaluation["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
+  best n-gram model {best:.4f} nats, a {ngram}; the GPT is {abs(best - val["loss"]):.4f} {comparison}
+  calibration error {val["calibration_error"]:.4f}; the most likely character is correct in {val["accuracy"]:.1%}
+  copied            at most {copied["longest_run"]} characters, {copied["share_of_8_grams"]:.0%} of 8-grams
+                    held-out text: {held_out["longest_run"]} characters, {held_out["share_of_8_grams"]:.0%} of 8-grams
+
+{_excerpt(results / "sample" / "samples.txt")}
+
+  model     {model}/
+  sample    {results}/sample/samples.txt
+  metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
+  charts    dvc plots show
+  runs      {"mlflow.db" if local else uri}
+
+  Next steps
+
+    source .venv/bin/activate
+    git add dvc.lock && git commit -m "First run"    the baseline of experiments
+    dvc exp run -S model.n_embd=512                  train a wider model
+    dvc exp show --only-changed                      compare the experiments
+    {runs:<48} compare their curves in MLflow
+    make shakespeare                                 train on a larger text
+"""
+
+
+def _metrics(stage: Path) -> dict[str, Any]:
+    path = stage / "metrics.json"
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `dvc repro` writes it") from None
+    return loaded
+
+
+def _excerpt(path: Path) -> str:
+    """Return the first lines of the first sample, shortened to 80 columns."""
+    lines = path.read_text(encoding="utf-8").split("\n")[1:]
+    shown = [line[:75] for line in lines if line.strip()][:SAMPLE_LINES]
+    return textwrap.indent("\n".join(shown), "  | ")
