@@ -93,7 +93,7 @@ def rows(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, str, st
 
 def draw(results: dict[str, Any], target: Path) -> None:
     """Draw one bar per peer: how many times better the project is, on a logarithmic scale."""
-    ratios = []
+    ratios: list[dict[str, Any]] = []
     for name, found in results["measures"].items():
         peers = [row for row in rows(name, found) if not row[0].startswith(OURS) and row[2] != "-"]
         ratios += [{"peer": f"{name.partition(',')[0]}: {row[0]}", "ratio": float(row[2])} for row in peers]
