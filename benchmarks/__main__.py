@@ -1,4 +1,4 @@
-"""Measure everything, or what is named, and compare.
+"""Run all benchmarks, or the named ones, and compare the project with its peers.
 
     python -m benchmarks                                   all measures, three rounds
     python -m benchmarks writing training --rounds 5       those whose names begin so
@@ -28,25 +28,25 @@ from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe_device
 
 OURS = ("minigpt",)
-"""How the names of this project's contenders begin."""
+"""Prefixes of the names of this project's contenders."""
 
 PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
 
 
 def measure(name: str, contender: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in its own process."""
+    """Run one measurement in its own process."""
     given = {"device": options.device, "text": options.text, "loss": options.loss, "megabytes": options.megabytes}
     flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
     command = [sys.executable, "-m", "benchmarks.contenders", name, contender, "--round", str(number), *flags]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if ran.returncode:
-        sys.exit(f"benchmarks: {contender} failed in {name!r}; its error stands above")
+        sys.exit(f"benchmarks: {contender} failed in {name!r}; see its error above")
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return result
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the hardware and the versions that the figures depend on."""
     import torch
 
     facts: dict[str, Any] = {"device": describe_device(torch.device(device)), "cores": os.cpu_count()}
@@ -60,13 +60,13 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is measured; None outside of git."""
+    """Return the current commit; None outside of git."""
     ran = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return ran.stdout.strip() or None
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of every figure over the rounds, and all of their values."""
+    """Return the median of every figure over the rounds, and all values of the main one."""
     if any("missing" in run for run in runs):
         return {"missing": next(run["missing"] for run in runs if "missing" in run)}
     names = sorted(set().union(*runs))
@@ -75,7 +75,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rows(name: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """The table of a measure: contender, median, how many times better the project is, and what else was measured."""
+    """Return rows of contender, median, ratio in favor of the project, and other figures, for one measure."""
     ours = next(iter(found.values())).get("value", math.nan)
     more_is_better = "per second" in name
     table = []

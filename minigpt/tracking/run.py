@@ -86,7 +86,7 @@ class Tracker:
     def stage(self, name: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
         """Record the params of a later stage, and its metrics as ``name.metric``, and upload them."""
         journal, experiment = self.journal, os.environ.get("DVC_EXP_NAME", "")
-        if not journal.records():
+        if not journal.records("name"):
             journal.name(f"{experiment or journal.key[:6]} (restored)", restored=True)
         known = [record["values"].get("dvc.experiment", "") for record in journal.records("tags")]
         known = list(filter(None, known))[-1:]

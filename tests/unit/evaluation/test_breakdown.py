@@ -115,10 +115,7 @@ def test_calibration_error_is_zero_for_true_probabilities_only():
     targets = torch.multinomial(logits[0].softmax(-1), 1, generator=random)[None, :, 0]
     nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     batch = breakdown.EvalBatch(targets, targets, 0)
-    calibrated, overconfident = (
-        Breakdown(200_000, Tokenizer("abcde"), "cpu"),
-        Breakdown(200_000, Tokenizer("abcde"), "cpu"),
-    )
+    calibrated, overconfident = (Breakdown(200_000, Tokenizer("abcde"), "cpu") for _ in range(2))
     calibrated.add(batch, logits, nats)
     overconfident.add(batch, 2 * logits, -(2 * logits).log_softmax(-1).gather(-1, targets[..., None])[..., 0])
     assert calibrated.calibration_error < 0.005

@@ -8,6 +8,7 @@ import vl_convert
 from helpers.workspace import command, make_repository
 
 from minigpt.errors import UserError
+from minigpt.evaluation.charts import VEGA_LITE
 from minigpt.evaluation.plots_page import write_page
 
 
@@ -72,7 +73,7 @@ def test_charts_of_dvc_show_the_results(repository):
     ran = command("dvc", "plots", "show", "--json", cwd=repository)
     plots = {name: one["content"] for name, (one,) in json.loads(ran.stdout)["data"].items()}
     assert set(plots) == {"loss", "baselines", "calibration", "positions", "characters", "confusions"}
-    drawn = {name: vl_convert.vegalite_to_svg(content, vl_version="5.21") for name, content in plots.items()}
+    drawn = {name: vl_convert.vegalite_to_svg(content, vl_version=VEGA_LITE) for name, content in plots.items()}
     assert "best: 2.5000 at step 5" in drawn["loss"]
     assert "this model" in drawn["baselines"]
     assert ", as क" in drawn["confusions"]

@@ -56,8 +56,12 @@ def test_run_trained_elsewhere_is_extended(here, monkeypatch, capsys):
     write_run(key, steps=3)
     uploader.sync()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.resolve_tracking_uri())
+    (here / "clone").mkdir()
+    (here / "clone" / "metrics.json").write_text("{}")
     monkeypatch.setenv("DVC_ROOT", str(here / "clone"))  # has the model, by dvc pull, but not the journal
-    Tracker(key).stage("evaluate", {}, {"loss": 1.5})
+    tracker = Tracker(key)
+    tracker.journal.artifact(here / "clone" / "metrics.json")  # the stages record their files first
+    tracker.stage("evaluate", {}, {"loss": 1.5})
     assert "(trained elsewhere)" in capsys.readouterr().out
     _, run = find_run(store.resolve_tracking_uri(), key)
     assert run.info.run_name == "a run"
