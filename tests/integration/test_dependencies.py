@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from helpers.imports import import_closure, python_files
 from helpers.workspace import ROOT, command, make_repository, python
 
 ENTRY_POINTS = ("minigpt/training", "minigpt/evaluation/loss.py", "minigpt/export.py")
@@ -27,44 +28,22 @@ print(json.dumps(changed))
 """
 
 
-def python_files(path):
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+def with_code(files):
+    """Return the files with more than a docstring and a version number, relative to the root of the project."""
+    return {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if not all(
+            isinstance(node, ast.Expr) or "__version__" in ast.unparse(node)
+            for node in ast.parse(file.read_text()).body
+        )
+    }
 
 
-def has_code(file):
-    """Return whether a file has more than a docstring and a version number."""
-    statements = ast.parse(file.read_text()).body
-    return any(not isinstance(node, ast.Expr) and "__version__" not in ast.unparse(node) for node in statements)
-
-
-def imports_of(file):
-    """Yield the files of the library that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.partition(".")[0] == "minigpt":
-                module = ROOT.joinpath(*name.split("."))
-                yield from (file for file in (module.with_suffix(".py"), module / "__init__.py") if file.is_file())
-
-
-def imported_by_training():
-    """Return the files that training imports, directly or not, relative to the root of the project."""
-    found, queue = set(), [file for entry in ENTRY_POINTS for file in python_files(ROOT / entry)]
-    while queue:
-        if (file := queue.pop()) not in found:
-            found.add(file)
-            queue += imports_of(file)
-    return {file.relative_to(ROOT).as_posix() for file in found if has_code(file)}
-
-
-IMPORTED = imported_by_training()
+IMPORTED = with_code(import_closure(*ENTRY_POINTS))
 """Files that training imports. A file with no more than a docstring and a version number does not count."""
 
-LIBRARY = {file.relative_to(ROOT).as_posix() for file in python_files(ROOT / "minigpt") if has_code(file)}
+LIBRARY = with_code(python_files("minigpt"))
 
 
 def test_training_imports_a_part_of_the_library():
@@ -74,14 +53,8 @@ def test_training_imports_a_part_of_the_library():
 
 def test_train_stage_depends_on_imported_files_alone():
     dependencies = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
-    covered = {
-        file.relative_to(ROOT).as_posix()
-        for dependency in dependencies
-        if dependency.startswith("minigpt/")
-        for file in python_files(ROOT / dependency)
-        if has_code(file)
-    }
-    assert covered == IMPORTED
+    library = [dependency for dependency in dependencies if dependency.startswith("minigpt/")]
+    assert with_code(file for dependency in library for file in python_files(dependency)) == IMPORTED
 
 
 def test_fingerprint_covers_imported_files_alone(tmp_path):
