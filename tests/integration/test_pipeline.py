@@ -256,7 +256,7 @@ def test_bad_text_is_rejected_and_keeps_the_outputs(repository, kind):
 
 
 MISTAKES = {
-    "train": ({"train": {"device": "cuda"}}, "CUDA devices are here"),
+    "train": ({"train": {"device": "cuda"}}, "CUDA devices found: 0"),
     "sample": ({"sample": {"prompts": ["hello"]}}, "sample.prompts[0]: character 1, 'h' (U+0068 LATIN SMALL LETTER H)"),
     "prepare": ({"model": {"n_embd": "abc"}, "train": {"seed": -1}}, "2 mistakes"),
 }
