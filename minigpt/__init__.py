@@ -1,6 +1,6 @@
 """Character-level, decoder-only GPT: the library of the four stages in ``stages/``.
 
-Read ``model.py`` first. Each part's ``__init__.py`` says what belongs there and what it may import.
+Read ``model.py`` first. The ``__init__.py`` of each part describes its contents and the imports that it may have.
 """
 
 __version__ = "0.1.0"

@@ -61,7 +61,7 @@ def summarize(model: Path, results: Path) -> str:
     git add dvc.lock && git commit -m "First run"    the baseline of experiments
     dvc exp run -S model.n_embd=512                  train a wider model
     dvc exp show --only-changed                      compare the experiments
-    {runs:<48} compare their curves in MLflow
+    {runs:<48} show the curves
     make shakespeare                                 train on a larger text
 """
 

@@ -24,11 +24,11 @@ SMALL = {
     "train": {"max_iters": 12, "batch_size": 4, "eval_interval": 5, "eval_chars": 2000, "device": "cpu"},
     "sample": {"max_new_tokens": 40},
 }
-"""Over params.yaml: a model that trains in a second."""
+"""Changes to params.yaml for a model that trains in a second."""
 
 
 def overlay(tree, changes):
-    """A copy of ``tree`` with the sections of each of ``changes`` laid over it."""
+    """Return a copy of ``tree`` with the values of ``changes`` in its sections."""
     result = copy.deepcopy(tree)
     for section, values in changes.items():
         result[section] |= values
@@ -36,18 +36,18 @@ def overlay(tree, changes):
 
 
 def params_with(**sections) -> Params:
-    """The shipped params, made small, with changes."""
+    """Return the shipped params with SMALL and other changes."""
     tree = overlay(load(ROOT / "params.yaml").model_dump(), SMALL)
     return Params.model_validate(overlay(tree, sections))
 
 
 def python(*arguments, cwd, **variables):
-    """Run a module as a user would; gives the completed process with its output as text."""
+    """Run Python as :func:`command` does."""
     return command(sys.executable, *arguments, cwd=cwd, **variables)
 
 
 def command(*arguments, cwd, **variables):
-    """Run a program in ``cwd`` with the tests' interpreter first on the path and no tracking variables set."""
+    """Run a program with the interpreter of the tests first in PATH, and without tracking variables."""
     dropped = ("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
@@ -57,7 +57,7 @@ def command(*arguments, cwd, **variables):
 
 
 def make_workspace(folder, project_files):
-    """Copy the project to ``folder``, with params that train in a second on the songs."""
+    """Copy the project to ``folder``, with SMALL params and the songs as the text."""
     for name in project_files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
@@ -66,7 +66,7 @@ def make_workspace(folder, project_files):
 
 
 def make_repository(folder, project_files, *changes):
-    """A workspace that is a git repository, with changed params, committed."""
+    """Make a workspace that is a git repository, with changed params, and commit all files."""
     make_workspace(folder, project_files)
     set_params(folder, *changes)
     for arguments in (

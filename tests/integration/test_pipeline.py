@@ -1,98 +1,60 @@
-"""The real pipeline in a copy of the project: DVC, its experiments, and an MLflow store."""
+"""The pipeline in a copy of the project, with DVC, its experiments and an MLflow store."""
 
-import ast
 import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from helpers.imports import import_closure
 from helpers.workspace import ROOT, SHAKESPEARE, command, make_repository, python, set_params
 
-CORE = [
-    *("errors", "files", "params", "tokenizer", "corpus", "baselines", "memorised", "ranks", "model", "optimizer"),
-    *("score", "report", "drafts", "checkpoint", "decoder", "native", "generator", "trainer"),
-]
-ORDER = [*CORE, "journal", "machine", "tracking", "serving", "dagshub"]
-APART = {"__main__", "charts", "launcher", "page", "process"}
-CHANGE_NO_RESULT = {"errors", "files", "params", "checkpoint", *ORDER[len(CORE) :], *APART}
+from minigpt import profiles
+from minigpt.cli import cli
+from minigpt.params import flatten, load
+
+RECORDS_ONLY = {"tracking"}
+"""Parts of the library that record results and do not decide them."""
 
 
-def imports(path):
-    """The modules of the library that a file imports anywhere, not for its types alone."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "minigpt":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minigpt."):
-            found.add(node.module.split(".")[1])
-    return found
+@pytest.mark.parametrize("stage", ["prepare", "evaluate", "sample"])
+def test_stage_depends_on_the_library_files_that_decide_its_result(stage):
+    imported = {file.relative_to(ROOT) for file in import_closure(f"stages/{stage}.py")}
+    imported = {path for path in imported if path.name != "__init__.py" and path.parts[1] not in RECORDS_ONLY}
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    deps = [Path(dep) for dep in stages[stage]["deps"] if dep.startswith(("minigpt/", "stages/"))]
+    covered = {path for path in imported for dep in deps if path.is_relative_to(dep)}
+    assert covered == imported
+    assert all(any(path.is_relative_to(dep) for path in imported) for dep in deps)
 
 
-def others(path):
-    """The packages that importing a file imports, at its top level."""
-    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    return {name.split(".")[0] for name in names + [node.module for node in nodes if isinstance(node, ast.ImportFrom)]}
-
-
-def test_imports_go_one_way():
-    for name in ORDER:
-        later = ORDER[ORDER.index(name) :]
-        assert not imports(ROOT / f"minigpt/{name}.py") & set(later), name
-    assert {path.stem for path in (ROOT / "minigpt").glob("*.py")} == {*ORDER, *APART, "__init__"}
-
-
-def test_the_core_needs_neither_mlflow_nor_dvc():
-    for name in CORE:
-        assert not others(ROOT / f"minigpt/{name}.py") & {"mlflow", "dvc"}, name
-
-
-def test_what_needs_no_torch_does_not_import_it():
-    code = (
-        "import sys, stages.prepare, stages.train, stages.evaluate, stages.sample, minigpt.tracking;"
-        "print(sorted({'torch', 'mlflow', 'dvc'} & set(sys.modules)))"
-    )
-    assert python("-c", code, cwd=ROOT).stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate", "sample"])
-def test_each_stage_depends_on_the_modules_that_decide_its_result(stage):
-    reached, found = set(), imports(ROOT / f"stages/{stage}.py")
-    while found := found - reached - CHANGE_NO_RESULT:
-        reached |= found
-        found = set().union(*(imports(ROOT / f"minigpt/{name}.py") for name in found))
-    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    assert {d for d in deps if d.endswith(".py")} == {f"stages/{stage}.py"} | {f"minigpt/{name}.py" for name in reached}
-
-
-def test_the_readme_names_every_param_and_every_target():
+def test_readme_names_only_commands_targets_and_params_that_exist():
     text = (ROOT / "README.md").read_text()
-    for section, values in yaml.safe_load((ROOT / "params.yaml").read_text()).items():
-        for key in values:
-            assert f"`{key}`" in text, f"{section}.{key}"
-    for target in re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
-        assert f"make {target}" in text, target
+    code = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z]+)", code, re.MULTILINE))
+    assert {"test", "shakespeare"} <= named <= targets
+    known = set(flatten(load(ROOT / "params.yaml")))
+    assert {"model.n_embd"} <= set(re.findall(r"-S '?([\w.]+)=", code)) <= known
+    assert set(re.findall(r"^minigpt ([a-z-]+)", code, re.MULTILINE)) <= set(cli.commands)
+    assert set(re.findall(r"^minigpt profile ([a-z-]+)", code, re.MULTILINE)) <= set(profiles.names(ROOT))
 
 
-def test_the_drama_is_original():
+def test_drama_shares_no_long_phrase_with_tiny_shakespeare():
     text = (ROOT / "data/drama.txt").read_text()
     assert len(text) >= 120_000
     lines = [line for line in text.split("\n") if line and not re.fullmatch(r"[A-Z ]+:|\[.*|.*\]|ACT .*", line)]
     assert len(lines) == len(set(lines))
     if SHAKESPEARE is None:
-        pytest.skip("Tiny Shakespeare is not here to compare with")
+        pytest.skip("Tiny Shakespeare is not available")
     runs = lambda words: {tuple(words[i : i + 8]) for i in range(len(words) - 7)}  # noqa: E731
     words = lambda written: re.findall(r"[a-z']+", written.lower())  # noqa: E731
     assert not runs(words(text)) & runs(words(SHAKESPEARE.read_text()))
 
 
-def test_the_songs_are_in_devanagari():
+def test_songs_are_in_devanagari():
     text = (ROOT / "data/songs.txt").read_text()
     assert len(text) >= 15_000
     assert set(re.sub(r"[\u0900-\u097f]", "", text)) <= set(" \n,?!-")
@@ -100,7 +62,7 @@ def test_the_songs_are_in_devanagari():
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, project_files):
-    """A git repository of the project with small params, reproduced once; gives its folder and what was printed."""
+    """A git repository of the project with small params after ``dvc repro``: its folder and the printed text."""
     folder = make_repository(tmp_path_factory.mktemp("pipeline") / "repository", project_files)
     return folder, repro(folder)
 
@@ -122,7 +84,7 @@ def runs(folder):
     return client, client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
 
 
-def test_one_command_makes_everything(repository):
+def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     folder, printed = repository
     assert stages_run(printed) == ["prepare", "train", "evaluate", "sample"]
     for name in (
@@ -161,16 +123,24 @@ def test_one_command_makes_everything(repository):
     assert run.metrics["evaluate.baselines.6-gram"] == scores["baselines"]["6-gram"]
     assert {"evaluate.val.calibration_error", "sample.memorised.longest_run"} <= set(run.metrics)
 
-    summed = python("-m", "stages", cwd=folder)
-    assert f"{scores['val']['loss']:.4f} nats" in summed.stdout
-    assert f"{scores['baselines']['5-gram']:.4f} nats, a 5-gram" in summed.stdout
-    assert "runs      mlflow.db\n" in summed.stdout
-    summed = python("-m", "stages", cwd=folder, MLFLOW_TRACKING_URI="http://me:secret@mlflow.example.com")
-    assert "runs      http://mlflow.example.com\n" in summed.stdout
-    assert "secret" not in summed.stdout
+
+def test_summary_shows_the_results_and_no_secret(repository):
+    folder, _ = repository
+    scores = json.loads((folder / "results/evaluate/metrics.json").read_text())
+    ran = python("-m", "minigpt", "summary", cwd=folder)
+    assert f"validation loss   {scores['val']['loss']:.4f} nats" in ran.stdout
+    ngrams = {name: loss for name, loss in scores["baselines"].items() if name != "characters"}
+    best = min(ngrams, key=ngrams.get)
+    assert f"{ngrams[best]:.4f} nats, a {best};" in ran.stdout
+    assert "runs      mlflow.db\n" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    uri = "http://me:secret@mlflow.example.com"
+    ran = python("-m", "minigpt", "summary", cwd=folder, MLFLOW_TRACKING_URI=uri)
+    assert "runs      http://mlflow.example.com\n" in ran.stdout
+    assert "secret" not in ran.stdout
 
 
-def test_the_evaluation_says_what_its_figures_are_worth(repository):
+def test_evaluation_reports_the_uncertainty_of_a_short_split(repository):
     folder, printed = repository
     scores = json.loads((folder / "results/evaluate/metrics.json").read_text())
     val, train, baselines = scores["val"], scores["train"], scores["baselines"]
@@ -191,11 +161,11 @@ def test_the_evaluation_says_what_its_figures_are_worth(repository):
     assert len(row["run"]) == int(row["longest_run"])
 
 
-def test_again_nothing_runs(repository):
+def test_second_repro_runs_no_stage(repository):
     assert stages_run(repro(repository[0])) == []
 
 
-def change(folder, path, old, new):
+def replace(folder, path, old, new):
     text = (folder / path).read_text()
     assert old in text
     (folder / path).write_text(text.replace(old, new, 1))
@@ -205,27 +175,27 @@ def change(folder, path, old, new):
     "path, old, new, reruns",
     [
         ("params.yaml", "temperature: 0.8", "temperature: 0.7", ["sample"]),
-        ("minigpt/generator.py", "\nfrom __future__", "\n# a comment\nfrom __future__", ["sample"]),
+        ("minigpt/generation/generator.py", "\nfrom __future__", "\n# a comment\nfrom __future__", ["sample"]),
         ("params.yaml", "stride: 0", "stride: 3", ["evaluate"]),
         ("params.yaml", "n_layer: 2", "n_layer: 1", ["train", "evaluate", "sample"]),
     ],
 )
-def test_a_change_reruns_what_it_concerns(repository, path, old, new, reruns):
+def test_change_reruns_the_stages_that_depend_on_it(repository, path, old, new, reruns):
     folder, _ = repository
-    change(folder, path, old, new)
+    replace(folder, path, old, new)
     assert stages_run(repro(folder)) == reruns
 
 
-def test_a_sample_of_a_long_training_split_says_so(repository):
+def test_sampled_training_split_has_a_sampling_error(repository):
     folder, _ = repository
-    change(folder, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
+    replace(folder, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
     assert stages_run(repro(folder)) == ["evaluate"]
     train = json.loads((folder / "results/evaluate/metrics.json").read_text())["train"]
     assert 900 < train["characters"] <= 1024 < train["split_characters"]
     assert 0 < train["sampling_error"] < 0.2
 
 
-def test_experiments_are_listed_beside_each_other(repository):
+def test_experiment_is_a_row_in_dvc_and_a_run_in_mlflow(repository):
     folder, _ = repository
     before = len(runs(folder)[1])
     ran = command("dvc", "exp", "run", "--name", "wider", "-S", "model.n_embd=512", cwd=folder)
@@ -241,7 +211,7 @@ def test_experiments_are_listed_beside_each_other(repository):
     assert found[0].data.tags["dvc.experiment"] == "wider"
 
 
-def test_plots_metrics_and_params_are_dvcs_to_show(repository):
+def test_dvc_shows_plots_metrics_and_params(repository):
     folder, _ = repository
     assert "val.loss" in command("dvc", "metrics", "show", cwd=folder).stdout
     set_params(folder, {"model": {"n_embd": 21}})
@@ -266,7 +236,7 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_a_bad_corpus_ends_before_any_work(repository, kind):
+def test_bad_text_is_rejected_and_keeps_the_outputs(repository, kind):
     folder, _ = repository
     data, message = BAD_TEXTS[kind]
     set_params(folder, {"data": {"source": "data/mine.txt"}})
@@ -286,14 +256,14 @@ def test_a_bad_corpus_ends_before_any_work(repository, kind):
 
 
 MISTAKES = {
-    "train": ({"train": {"device": "cuda"}}, "CUDA devices are here"),
+    "train": ({"train": {"device": "cuda"}}, "CUDA devices found: 0"),
     "sample": ({"sample": {"prompts": ["hello"]}}, "sample.prompts[0]: character 1, 'h' (U+0068 LATIN SMALL LETTER H)"),
     "prepare": ({"model": {"n_embd": "abc"}, "train": {"seed": -1}}, "2 mistakes"),
 }
 
 
 @pytest.mark.parametrize("stage", MISTAKES)
-def test_a_mistake_in_params_leaves_earlier_outputs_alone(repository, stage, tmp_path):
+def test_mistake_in_params_keeps_the_outputs(repository, stage, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(repository[0], folder, ignore=shutil.ignore_patterns(".git", "cache"))
     written = [path for part in ("models", "results", "data") for path in (folder / part).rglob("*.*")]
@@ -305,3 +275,16 @@ def test_a_mistake_in_params_leaves_earlier_outputs_alone(repository, stage, tmp
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert {path: path.read_bytes() for path in outputs} == outputs
+
+
+def test_experiment_runs_from_a_profile(repository):
+    folder, _ = repository
+    assert python("-m", "minigpt", "profile", "shakespeare-quick", "--force", cwd=folder).returncode == 0
+    changes = ["data.source=data/songs.txt", "train.max_iters=2", "train.device=cpu", "sample.max_new_tokens=5"]
+    arguments = [argument for change in changes for argument in ("-S", change)]
+    ran = command("dvc", "exp", "run", "--name", "quick", *arguments, cwd=folder)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    params, profile = load(folder / "params.yaml"), profiles.load_profile("shakespeare-quick", ROOT)
+    assert params.model == profile.model
+    assert (params.train.max_iters, params.data.source) == (2, "data/songs.txt")
+    assert json.loads((folder / "results/train/metrics.json").read_text())["steps"] == 2

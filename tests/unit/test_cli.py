@@ -230,7 +230,7 @@ def test_unknown_command_and_missing_argument_are_one_line():
 
 
 def complete(words, cwd):
-    """Return what the shell offers for the last of the words."""
+    """Return the completions of the last word."""
     variables = {
         "_MINIGPT_COMPLETE": "bash_complete",
         "COMP_WORDS": words,

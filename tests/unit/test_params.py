@@ -2,8 +2,9 @@ import pytest
 import yaml
 from helpers.workspace import ROOT, overlay
 
+from minigpt import profiles
 from minigpt.errors import UserError
-from minigpt.params import Params, flatten, load
+from minigpt.params import ModelParams, Params, SamplingParams, flatten, load, validate
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -14,17 +15,15 @@ def load_changed(tmp_path, changes):
     return load(path)
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "params.yaml", *sorted((ROOT / "configs").glob("*.yaml"))], ids=lambda p: p.name
-)
-def test_every_shipped_file_is_valid_and_takes_another_width(path):
-    params = load(path)
+@pytest.mark.parametrize("name", profiles.names(ROOT))
+def test_every_profile_is_valid_with_another_width(name):
+    params = profiles.load_profile(name, ROOT)
     wider = overlay(params.model_dump(), {"model": {"n_embd": 512}})
     assert Params.model_validate(wider).model.n_embd == 512
 
 
 def test_reference_is_the_published_system():
-    params = load(ROOT / "configs/reference.yaml")
+    params = profiles.load_profile("reference", ROOT)
     model, train = params.model, params.train
     assert (model.n_layer, model.n_head, model.head_size, model.n_embd, model.block_size) == (6, 6, 64, 384, 256)
     assert (model.positions, model.activation, model.dropout, model.norm_affine) == ("learned", "relu", 0.3, True)
@@ -41,7 +40,7 @@ def test_reference_is_the_published_system():
         ({"model": {"n_embd": True}}, "model.n_embd: expected an integer, got True"),
         ({"model": {"n_layer": 0}}, "model.n_layer: must be at least 1, got 0"),
         ({"model": {"n_layers": 2}}, "model.n_layers: unknown key; did you mean n_layer?"),
-        ({"model": {"head_size": 7}}, "model.positions: rotary positions turn pairs of channels"),
+        ({"model": {"head_size": 7}}, "model.positions: rotary positions rotate pairs of channels"),
         (
             {"model": {"activation": "tanh"}},
             "model.activation: expected 'relu', 'relu2', 'gelu' or 'swiglu', got 'tanh'",
@@ -54,43 +53,93 @@ def test_reference_is_the_published_system():
         ({"evaluate": {"train_chars": 0}}, "evaluate.train_chars: must be at least 1, got 0"),
         ({"sample": {"prompts": []}}, "sample.prompts: must not be empty"),
         ({"sample": {"prompts": [3]}}, "sample.prompts.0: expected a text, got 3"),
-        ({"data": {"val_fraction": 1.0}}, "data.val_fraction: must be less than 1"),
+        ({"data": {"val_fraction": 1.0}}, "data.val_fraction: must be less than 1, got 1.0"),
+        ({"sample": {"overflow": "hop"}}, "sample.overflow: hop was renamed reread"),
+        ({"sample": {"overflow": "skip"}}, "sample.overflow: expected 'reread', 'slide' or 'roll', got 'skip'"),
+        ({"train": {"schedule": "step"}}, "train.schedule: expected 'constant', 'linear' or 'cosine', got 'step'"),
     ],
 )
-def test_a_mistake_is_named(tmp_path, changes, message):
+def test_wrong_value_is_named(tmp_path, changes, message):
     with pytest.raises(UserError) as error:
         load_changed(tmp_path, changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_all_mistakes_are_reported_at_once(tmp_path):
+def test_all_mistakes_are_reported_together(tmp_path):
     with pytest.raises(UserError) as error:
         load_changed(tmp_path, {"model": {"n_embd": "abc", "n_layers": 1}, "sample": {"top_p": 0}})
     assert all(name in str(error.value) for name in ("model.n_embd", "model.n_layers", "sample.top_p", "3 mistakes"))
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "model: [\n", "model: 3\n", "\xff", "a: &a [*a]\n", "{}", "1: 2\n"])
-def test_a_file_of_another_form_is_one_clear_message(tmp_path, text):
+def test_file_of_another_form_is_one_clear_message(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_bytes(text.encode("latin1"))
     with pytest.raises(UserError, match=r"params\.yaml"):
         load(path)
 
 
-def test_a_missing_file_says_where_to_be(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
+def test_missing_file_names_the_folder_to_run_in(tmp_path):
+    with pytest.raises(UserError, match="no such file; run from the root of the repository"):
         load(tmp_path / "params.yaml")
 
 
-def test_floats_are_read_as_dvc_reads_them(tmp_path):
+def test_exponents_without_a_point_are_numbers(tmp_path):
     path = tmp_path / "params.yaml"
     shipped = (ROOT / "params.yaml").read_text()
     path.write_text(shipped.replace("learning_rate: 0.03", "learning_rate: 3e-4"))
     assert load(path).train.learning_rate == 3e-4
 
 
-def test_flatten_gives_dotted_names():
+def test_flatten_returns_dotted_names():
     flat = flatten(Params.model_validate(SHIPPED))
     assert flat["model.n_embd"] == SHIPPED["model"]["n_embd"]
     assert len(flat) == sum(len(section) for section in SHIPPED.values())
+
+
+@pytest.mark.parametrize("key", [f"{section}.{key}" for section, values in SHIPPED.items() for key in values])
+def test_missing_key_is_named_even_if_it_has_a_default(tmp_path, key):
+    section, _, name = key.partition(".")
+    tree = overlay(SHIPPED, {})
+    del tree[section][name]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "params.yaml")
+    assert str(error.value) == f"{tmp_path}/params.yaml: {key}: missing"
+
+
+@pytest.mark.parametrize(
+    "old, new", [("train.final_lr", "train.final_lr_fraction"), ("train.token_dropout", "train.token_noise")]
+)
+def test_renamed_key_is_rejected_with_its_new_name(tmp_path, old, new):
+    tree = overlay(SHIPPED, {})
+    tree["train"][old.removeprefix("train.")] = tree["train"].pop(new.removeprefix("train."))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "params.yaml")
+    assert str(error.value) == f"{tmp_path}/params.yaml: {old} was renamed {new}"
+
+
+def test_sampling_params_have_defaults_and_the_same_messages_everywhere():
+    assert validate(SamplingParams, {"top_k": 3}) == SamplingParams(top_k=3)
+    with pytest.raises(UserError, match=r"^top_k: must be at least 0, got -1$"):
+        validate(SamplingParams, {"top_k": -1})
+    with pytest.raises(UserError, match=r"^top_pp: unknown key; did you mean top_p\?$"):
+        validate(SamplingParams, {"top_pp": 1})
+
+
+def test_model_config_of_an_earlier_version_is_valid():
+    config = {
+        "n_layer": 4, "n_head": 2, "head_size": 64, "n_embd": 128, "block_size": 128, "attention_window": 0,
+        "positions": "rotary", "rotary_base": 1024.0, "activation": "relu2", "mlp_ratio": 4.0, "norm_affine": False,
+        "embd_norm": True, "qk_norm": True, "embd_conv": 4, "bias": False, "tied_head": False, "init": "zero",
+        "dropout": 0.1, "dropout_kind": "channel",
+    }  # fmt: skip
+    assert ModelParams.model_validate(config) == load(ROOT / "params.yaml").model
+
+
+def test_every_param_has_a_comment():
+    lines = [line for line in (ROOT / "params.yaml").read_text().splitlines() if line.startswith("  ")]
+    assert len(lines) == len(flatten(SHIPPED))
+    assert all("# " in line for line in lines)
