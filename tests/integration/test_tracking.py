@@ -31,7 +31,7 @@ def prepared(tmp_path_factory, project_files):
 
 
 def run_with_store(folder, uri, *arguments):
-    """Run a module in ``folder`` and return what it printed on standard error."""
+    """Run a module in ``folder`` and return its standard error."""
     ran = python(
         "-m", *arguments, cwd=folder, MLFLOW_TRACKING_URI=uri,
         MLFLOW_TRACKING_USERNAME=TOKEN, MLFLOW_TRACKING_PASSWORD=TOKEN,
