@@ -43,7 +43,7 @@ class Tracker:
         self._failure_reported = False
 
     def begin(self, params: Params, digest: str, sizes: dict[str, int], device: torch.device) -> None:
-        """Record the start of a training: params, git commit, digest and split sizes (characters) of the dataset, device.
+        """Record the start of a training: params, git commit, device, and digest and split sizes of the dataset.
 
         A resumed training records only its device.
         """

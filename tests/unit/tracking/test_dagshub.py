@@ -125,7 +125,7 @@ def test_errors_are_one_line_and_change_nothing(tmp_path, repository, current_se
             (connect(repository, dagshub.url, token=""), "DAGSHUB_USER_TOKEN is not set"),
             (
                 connect(repository, f"http://127.0.0.1:{free_port()}"),
-                "repo.dvc: DVC cannot use this storage: connection refused",
+                "repo.dvc: DVC cannot use this storage: Cannot connect to host 127.0.0.1",
             ),
         ]:
             assert ran.returncode == 1
