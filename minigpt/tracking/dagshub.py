@@ -30,6 +30,20 @@ REMOTE = "dagshub"
 EMPTY_FILE = "files/md5/d4/1d8cd98f00b204e9800998ecf8427e"
 """Path of the empty file in a DVC remote. Testing a remote with it leaves a valid object there."""
 
+SUMMARY = """
+  tested      wrote to {storage}; found the experiments of {page}.mlflow
+  set         .dvc/config: DVC's default remote is `{remote}` (commit this file)
+              .dvc/config.local: the token, readable by you alone
+              git's remote `{remote}`: {page}.git
+  now         dvc push                       upload data and models; `dvc pull` downloads them
+              dvc exp push {remote} NAME       upload an experiment with its data
+              export DAGSHUB_REPO={repo} DAGSHUB_USER_TOKEN=...
+                                             with these two set, runs are uploaded too
+              minigpt sync                   upload the earlier runs
+  pages       {page}
+              {page}.mlflow
+"""
+
 
 def read_token() -> str:
     """Return the token from DAGSHUB_USER_TOKEN, or ask for it in a terminal.
@@ -82,21 +96,6 @@ def connect(repo: str, token: str) -> None:
     print(SUMMARY.format(page=page, repo=repo, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
 
 
-SUMMARY = """
-  tested      wrote to {storage}; found the experiments of {page}.mlflow
-  set         .dvc/config: DVC's default remote is `{remote}` (commit this file)
-              .dvc/config.local: the token, readable by you alone
-              git's remote `{remote}`: {page}.git
-  now         dvc push                       upload data and models; `dvc pull` downloads them
-              dvc exp push {remote} NAME       upload an experiment with its data
-              export DAGSHUB_REPO={repo} DAGSHUB_USER_TOKEN=...
-                                             with these two set, runs are uploaded too
-              minigpt sync                   upload the earlier runs
-  pages       {page}
-              {page}.mlflow
-"""
-
-
 def choose_remote(page: str, token: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return the settings of a DVC remote that passed the test: the public ones, and those with the token.
 
@@ -138,8 +137,8 @@ def check_remote(public: dict[str, str], private: dict[str, str]) -> None:
                 remote.fs.fs.rm_file(path)
                 raise UserError("the file that was read back differs from the one that was written")
     except Exception as error:
-        storage = public.get("endpointurl", public["url"])
-        raise UserError(f"{storage}: DVC cannot use this storage: {describe_error(error)}") from None
+        address = public.get("endpointurl", public["url"])
+        raise UserError(f"{address}: DVC cannot use this storage: {describe_error(error)}") from None
 
 
 def check_mlflow(uri: str) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,10 +57,8 @@ class Journal:
         found = []
         for line in lines:
             start += len(line) + 1
-            try:
+            with suppress(ValueError):
                 found.append((json.loads(line), start))
-            except ValueError:
-                continue
         return found
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
@@ -93,12 +91,7 @@ class Journal:
         self._write("tags", values={name: value[:TAG_LENGTH] for name, value in values.items()})
 
     def name(self, name: str, restored: bool = False) -> None:
-        """Record the display name of the run and its MLflow experiment.
-
-        Args:
-            name: display name.
-            restored: whether the training left no journal here, so that only later stages are recorded.
-        """
+        """Record the display name and the MLflow experiment. A run is ``restored`` if its training left no journal."""
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         self._write("name", name=name, experiment=experiment, restored=restored)
 

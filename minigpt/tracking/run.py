@@ -29,9 +29,6 @@ TRAIN_SECTIONS = ("data", "model", "train")
 class Tracker:
     """Records one run in its journal and uploads it.
 
-    Args:
-        key: identifier of the run, 32 hexadecimal digits.
-
     Attributes:
         journal: journal of the run.
         display_uri: the store of the run, without credentials.
@@ -46,20 +43,16 @@ class Tracker:
         self._failure_reported = False
 
     def begin(self, params: Params, digest: str, sizes: dict[str, int], device: torch.device) -> None:
-        """Record the start of a training. A resumed training records only its device.
+        """Record the start of a training: params, git commit, device, and digest and split sizes of the dataset.
 
-        Args:
-            params: all params.
-            digest: digest of the dataset, in hexadecimal digits.
-            sizes: number of characters of each split.
-            device: device of the training.
+        A resumed training records only its device.
         """
         journal, model = self.journal, params.model
         starts = self._count_starts()
         if not starts:
             source = Path(params.data.source)
-            default_name = f"{source.stem} {model.n_layer}x{model.n_embd} {journal.key[:6]}"
-            journal.name(os.environ.get("DVC_EXP_NAME") or default_name)
+            shape = f"{model.n_layer}x{model.n_embd}"
+            journal.name(os.environ.get("DVC_EXP_NAME") or f"{source.stem} {shape} {journal.key[:6]}")
             journal.params(flatten({key: value for key, value in params.model_dump().items() if key in TRAIN_SECTIONS}))
             journal.tags(provenance())
             journal.dataset(source.name, str(source), digest, sizes)
@@ -88,8 +81,7 @@ class Tracker:
         journal, experiment = self.journal, os.environ.get("DVC_EXP_NAME", "")
         if not journal.records("name"):
             journal.name(f"{experiment or journal.key[:6]} (restored)", restored=True)
-        known = [record["values"].get("dvc.experiment", "") for record in journal.records("tags")]
-        known = list(filter(None, known))[-1:]
+        known = [r["values"]["dvc.experiment"] for r in journal.records("tags") if "dvc.experiment" in r["values"]][-1:]
         if experiment and experiment not in ", ".join(known).split(", "):
             journal.tags({"dvc.experiment": ", ".join([*known, experiment])})
         journal.params(params)

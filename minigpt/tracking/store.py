@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -71,13 +72,11 @@ class Store:
                 logging.getLogger(verbose).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
-            if not self.local:
-                self._client = MlflowClient(self.uri)
-                return self._client
             # The first client of a database creates its tables, and two clients must not do that concurrently.
-            with locked(workspace() / ".journal" / "store"):
+            with locked(workspace() / ".journal" / "store") if self.local else nullcontext():
                 self._client = MlflowClient(self.uri)
-                self._client.get_experiment_by_name(EXPERIMENT)
+                if self.local:
+                    self._client.get_experiment_by_name(EXPERIMENT)
         return self._client
 
     def experiment_id(self, name: str) -> str:
@@ -114,7 +113,7 @@ class Store:
 
         query = f"tags.`{RUN_TAG}` = '{journal.key}'"
         found = self.connect().search_runs([self._experiment_of(journal)], query, ViewType.ALL, max_results=1)
-        return found[0] if found else None
+        return next(iter(found), None)
 
     def create_run(self, journal: Journal) -> str:
         """Create the run of a journal and return its id."""

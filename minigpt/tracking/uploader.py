@@ -57,9 +57,7 @@ class Uploader:
     def send(self, journal: Journal, check: bool = False) -> None:
         """Send the records that the store does not have yet. A run that was deleted there stays deleted.
 
-        Args:
-            journal: journal of the run.
-            check: check that the store still has the run, even if everything was sent.
+        With ``check``, the store is asked for the run even if all its records were sent.
 
         Raises:
             Exception: any error of MLflow, if the store is unreachable or refuses a request.
@@ -117,26 +115,21 @@ class Uploader:
     def _find_or_create_run(self, journal: Journal, progress: Progress) -> bool:
         """Look up the run, or create it. Return False if it was deleted in the store."""
         run = self.store.find_run(journal)
-        if run is None:
-            progress.save(0, 0)
-            self._run_ids[journal.key] = self.store.create_run(journal)
-        elif run.info.lifecycle_stage == "deleted":
+        if run and run.info.lifecycle_stage == "deleted":
             print(f"minigpt: run {journal.key[:8]} was deleted in {self.display_uri}; nothing more is sent")
             progress.save(journal.since(0)[-1][1], 0)
             return False
-        else:
-            self._run_ids[journal.key] = run.info.run_id
+        if run is None:
+            progress.save(0, 0)
+        self._run_ids[journal.key] = run.info.run_id if run else self.store.create_run(journal)
         return True
 
 
 class Progress:
     """Upload progress of one journal to one store, kept in a file next to the journal.
 
-    Args:
-        path: the file. If it is missing or unreadable, for example truncated by a crash, progress restarts from 0
-            and every written byte counts as possibly sent.
-        written: size of the journal in bytes.
-        display_uri: the store, for people who read the file.
+    If the file is missing or unreadable, for example truncated by a crash, progress restarts from 0 and every byte
+    ``written`` to the journal counts as possibly sent.
 
     Attributes:
         sent: offset in the journal up to which all records are in the store.
@@ -257,7 +250,5 @@ def _send_with_retries(uploader: Uploader, journal: Journal) -> None:
 
 def _is_permanent(error: Exception) -> bool:
     """Return whether the store has refused the request, so that a retry would fail in the same way."""
-    if isinstance(error, UserError):
-        return True
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    return 400 <= int(status) < 500 and status != 429
+    status = int(getattr(error, "get_http_status_code", lambda: 500)())
+    return isinstance(error, UserError) or (400 <= status < 500 and status != 429)

@@ -1,8 +1,7 @@
-"""Real servers on loopback for the tests, environments for those that need other packages, and a proxy that fails."""
+"""Real servers on the loopback interface, environments with other packages, and a proxy that injects faults."""
 
 import base64
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import http.server
@@ -19,23 +18,23 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 TOKEN = secrets.token_hex(10)
-"""User and password of every server here: DagsHub takes a token as both."""
+"""User and password of every server here. DagsHub accepts a token as both."""
 
 MLFLOW_2_7_1 = ["mlflow==2.7.1", "Flask-WTF<2", "gunicorn<24", "setuptools<81", "sqlalchemy<2.1", "--only-binary=:all:"]
-"""What DagsHub hosts, with the versions of its time."""
+"""The version that DagsHub hosts, with dependencies from that time."""
 
 CACHE = Path(os.environ.get("MINIGPT_TESTS_CACHE", Path.home() / ".cache/minigpt-tests"))
 
 
 def environment(*requirements):
-    """The interpreter of an environment that has these packages: made once, then kept. Without an index: skip."""
+    """Return the interpreter of an environment with these packages, created once. Skip the test without an index."""
     name = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     python = CACHE / name / "bin/python"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(CACHE / f"{name}.lock"):
         if (CACHE / name / "complete").exists():
             return python
         shutil.rmtree(CACHE / name, ignore_errors=True)
@@ -57,7 +56,7 @@ def free_port():
 
 @contextlib.contextmanager
 def process(*arguments, url, cwd, **variables):
-    """A server program, from when it answers at ``url`` until the block ends."""
+    """Run a server program until the block ends. The block starts when the server answers at ``url``."""
     dropped = ("MLFLOW_", "DAGSHUB_", "DVC_", "AWS_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     with (cwd / "server.log").open("w") as log:
@@ -87,7 +86,7 @@ def answers(url):
 
 @contextlib.contextmanager
 def mlflow_server(python, folder, backend="sqlite:///store.db"):
-    """An MLflow server of the version of ``python``, with basic authentication."""
+    """Run the MLflow server of an environment, with basic authentication."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "auth.ini").write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/users.db\n"
@@ -106,7 +105,7 @@ def mlflow_server(python, folder, backend="sqlite:///store.db"):
 
 
 class Loopback:
-    """An HTTP server in threads of this process, while the block runs."""
+    """HTTP server in threads of this process, for the duration of the block."""
 
     def __init__(self):
         self.requests = []
@@ -164,13 +163,13 @@ class Loopback:
 
 
 class Proxy(Loopback):
-    """Stands before servers, each under a prefix of the path, and fails as it is told.
+    """Proxy of servers, each under a prefix of the path, that injects faults.
 
     Attributes:
-        fault: None; a status; ``hang`` (no answer); ``drop`` (the request is lost);
-            ``lose`` (the request arrives, its answer is lost); ``slow`` (a status 503, after 3 seconds).
-        after: requests that come through before the fault.
-        during: only requests whose path has this in it fail.
+        fault: None; an HTTP status; ``hang`` (no response); ``drop`` (the request is lost);
+            ``lose`` (the request arrives, its response is lost); ``slow`` (status 503 after 3 seconds).
+        after: number of requests forwarded before the fault.
+        during: only requests whose path contains this text fail.
     """
 
     def __init__(self, upstreams):
@@ -209,7 +208,7 @@ class Proxy(Loopback):
 
 
 class Files(Loopback):
-    """A store of files behind basic authentication, as DVC's HTTP remotes want it."""
+    """Server of files with basic authentication, as a DVC HTTP remote."""
 
     def __init__(self, folder):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The one command that connects to DagsHub, against real servers under DagsHub's addresses."""
+"""Tests of the connection to DagsHub, against real servers at DagsHub's addresses."""
 
 import json
 import subprocess
@@ -10,20 +10,26 @@ from helpers.workspace import ROOT, command, make_repository, python
 
 @pytest.fixture
 def repository(tmp_path, project_files):
-    """A repository with prepared data in DVC's cache."""
+    """Return a repository with prepared data in DVC's cache."""
     folder = make_repository(tmp_path / "work", project_files)
     assert command("dvc", "repro", "prepare", cwd=folder).returncode == 0
     return folder
 
 
+CONNECT = """\
+import sys
+from minigpt import errors
+from minigpt.tracking.dagshub import connect, read_token
+errors.run(lambda: connect(sys.argv[1], read_token()))
+"""
+
+
 def connect(folder, host, token=TOKEN, repo="user/repo", **variables):
-    return python(
-        "-m", "minigpt.dagshub", repo, cwd=folder, DAGSHUB_CLIENT_HOST=host, DAGSHUB_USER_TOKEN=token, **variables
-    )
+    return python("-c", CONNECT, repo, cwd=folder, DAGSHUB_CLIENT_HOST=host, DAGSHUB_USER_TOKEN=token, **variables)
 
 
 def push_and_pull(folder, **variables):
-    """Push, lose everything, pull; gives whether it is all back."""
+    """Push, delete all data, pull; return whether the data are restored."""
     before = {path.name: path.read_bytes() for path in (folder / "data/prepared").iterdir()}
     pushed = command("dvc", "push", cwd=folder, **variables)
     assert pushed.returncode == 0, pushed.stderr
@@ -34,7 +40,8 @@ def push_and_pull(folder, **variables):
     return {path.name: path.read_bytes() for path in (folder / "data/prepared").iterdir()} == before
 
 
-def holders_of_the_token(folder):
+def files_with_token(folder):
+    """Return the files of a folder that contain the token."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)) for path in files if TOKEN.encode() in path.read_bytes()}
 
@@ -54,20 +61,20 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         assert f"{dagshub.url}/user/repo.mlflow\n" in ran.stdout
         assert TOKEN not in ran.stdout + ran.stderr
         assert push_and_pull(repository)
-        assert holders_of_the_token(repository) == {".dvc/config.local"}
+        assert files_with_token(repository) == {".dvc/config.local"}
         assert "config.local" not in command("git", "status", "--short", "--ignored=no", cwd=repository).stdout
 
         bare = tmp_path / "bare.git"
         command("git", "init", "--quiet", "--bare", bare, cwd=tmp_path)
         command("git", "remote", "set-url", "dagshub", bare, cwd=repository)
         command("git", "commit", "--quiet", "--all", "--message", "connect", cwd=repository)
-        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)  # made before there was a remote
+        pushed = command("dvc", "exp", "push", "dagshub", "halved", cwd=repository)  # created before the remote
         assert pushed.returncode == 0, pushed.stderr
         assert "failed to push" not in pushed.stdout + pushed.stderr
         assert "halved" in command("dvc", "exp", "list", "dagshub", "--all-commits", cwd=repository).stdout
 
 
-def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, current_server):
+def test_dvc_uses_s3_if_its_plugin_is_installed(tmp_path, repository, current_server):
     interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"))
     asked = subprocess.run(
         [interpreter, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"], capture_output=True
@@ -89,21 +96,21 @@ def test_dvc_works_over_s3_where_its_plugin_is_installed(tmp_path, repository, c
         assert ran.returncode == 0, ran.stderr
         assert f"wrote to {dagshub.url}/user/repo.s3" in ran.stdout
         assert push_and_pull(repository, **plugin)
-        assert holders_of_the_token(repository) == {".dvc/config.local"}
+        assert files_with_token(repository) == {".dvc/config.local"}
         assert any("/user/repo.s3/dvc/files/md5/" in path for _, path in dagshub.requests)
 
-        dagshub.fault, dagshub.during = 501, ".s3"  # what a store says to headers that it does not know
+        dagshub.fault, dagshub.during = 501, ".s3"  # the response of old stores to unknown headers
         with Files(tmp_path / "stored") as files:
             dagshub.upstreams["/user/repo.dvc"] = files.url
             ran = connect(repository, dagshub.url, **plugin)
             assert ran.returncode == 0, ran.stderr
-            assert "repo.s3: DVC cannot use it" in ran.stderr
+            assert "repo.s3: DVC cannot use this storage" in ran.stderr
             assert f"wrote to {dagshub.url}/user/repo.dvc" in ran.stdout
             assert push_and_pull(repository, **plugin)
-            assert holders_of_the_token(repository) == {".dvc/config.local"}
+            assert files_with_token(repository) == {".dvc/config.local"}
 
 
-def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, repository, current_server):
+def test_errors_are_one_line_and_change_nothing(tmp_path, repository, current_server):
     config = (repository / ".dvc/config").read_text()
     with (
         Files(tmp_path / "stored") as files,
@@ -112,12 +119,14 @@ def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, reposit
         for ran, message in [
             (
                 connect(repository, dagshub.url, token="a-wrong-token"),
-                "repo.dvc: DVC cannot use it: it answers 401: the token",
+                "repo.dvc: DVC cannot use this storage: HTTP status 401: wrong token or password",
             ),
             (connect(repository, dagshub.url, repo="https://dagshub.com/user/repo"), "expected user/repo, got"),
             (connect(repository, dagshub.url, token=""), "DAGSHUB_USER_TOKEN is not set"),
-            (connect(repository, f"http://127.0.0.1:{free_port()}"), "repo.dvc: DVC cannot use it:"),
-            (python("-m", "minigpt.dagshub", cwd=repository), "usage: python -m minigpt.dagshub user/repo"),
+            (
+                connect(repository, f"http://127.0.0.1:{free_port()}"),
+                "repo.dvc: DVC cannot use this storage: Cannot connect to host 127.0.0.1",
+            ),
         ]:
             assert ran.returncode == 1
             assert message in ran.stderr
@@ -127,6 +136,6 @@ def test_what_goes_wrong_is_told_in_a_line_and_changes_nothing(tmp_path, reposit
         dagshub.fault, dagshub.during = 404, ".mlflow"
         ran = connect(repository, dagshub.url)
         assert ran.returncode == 1
-        assert "repo.mlflow: no experiments there: it answers 404" in ran.stderr
+        assert "repo.mlflow: cannot open the experiment: HTTP status 404" in ran.stderr
     assert (repository / ".dvc/config").read_text() == config
-    assert holders_of_the_token(repository) == set()
+    assert files_with_token(repository) == set()

@@ -1,4 +1,4 @@
-"""Tests of the journal: what it records, and how it survives crashes and concurrent writers."""
+"""Tests of the journal: its records, and its behavior after crashes and with concurrent writers."""
 
 import json
 import subprocess

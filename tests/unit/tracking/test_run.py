@@ -1,4 +1,4 @@
-"""Tests of the tracker: what a training and the later stages record, and where it arrives."""
+"""Tests of the tracker: records of a training and of the later stages, and their arrival in a store."""
 
 import os
 import uuid
