@@ -4,8 +4,6 @@
 S = head_size channels, C = n_embd.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +15,12 @@ from minigpt.params import ModelParams
 
 @dataclass
 class CacheSlice:
-    """The part of a cache that a forward pass of T new characters writes and reads.
+    """The part of a cache that a forward pass of T new characters writes and reads."""
 
-    Attributes:
-        positions: of the new characters in their sequences; a slice, or an int64 tensor (T,).
-        slots: where their keys and values are stored, likewise.
-        visible: the first slot that any of them attends to, and the number of slots from there.
-        mask: 0 and -inf, (T, visible slots); None where all visible slots are attended to.
-    """
-
-    positions: slice | Tensor
-    slots: slice | Tensor
-    visible: tuple[int, int]
-    mask: Tensor | None
+    positions: slice | Tensor  # of the new characters in their sequences; as a tensor, int64 (T,)
+    slots: slice | Tensor  # where their keys and values are stored, likewise
+    visible: tuple[int, int]  # the first slot that any of them attends to, and the number of slots from there
+    mask: Tensor | None  # 0 and -inf, (T, visible slots); None if all visible slots are attended to
 
 
 @dataclass

@@ -3,8 +3,6 @@
 Nothing is unpickled, so loading a model executes no code.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ and keys (Henry et al. 2020), squared ReLU (So et al. 2021), outputs that start 
 short causal convolution over the embeddings (compare So et al. 2021).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -86,16 +84,13 @@ class Attention(nn.Module):
         self.dropout = config.dropout if config.dropout_kind == "element" else 0.0
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, cache: LayerCache | None) -> Tensor:
-        """Mix each position with those that it attends to.
+        """Mix each position of (B, T, C) with those that it attends to.
 
         Args:
-            x: (B, T, C).
+            x: the normalized residual stream.
             mask: which positions each may attend to: of :func:`minigpt.ops.attention_mask`, or of the cache.
             rotary: angles of the positions; None with learned positions.
-            cache: keys and values of the characters before x; None where x starts the sequence.
-
-        Returns:
-            (B, T, C).
+            cache: keys and values of the characters before x; None if x starts the sequence.
         """
         B, T, _ = x.shape
         H, S = self.config.n_head, self.config.head_size

@@ -6,8 +6,6 @@ matter on a CPU, where a training step is bound by the number of passes over mem
 Shapes in comments: B sequences, T characters, H heads of S = head_size channels.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 
@@ -57,13 +55,7 @@ def swiglu(x: Tensor) -> Tensor:
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (i, i + S/2) of channels by the angle of its position (Su et al. 2021).
 
-    Args:
-        x: (..., T, S).
-        cos: cosines of the angles, (T, S/2).
-        sin: their sines, (T, S/2).
-
-    Returns:
-        (..., T, S).
+    ``x`` is (..., T, S); cosines and sines of the angles are (T, S/2).
     """
     left, right = x.chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
@@ -109,14 +101,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     The scores are divided by sqrt(S) since the product of two random vectors of S channels grows like sqrt(S): without
     it, softmax would put nearly all its weight on one position, and its gradient would vanish.
 
-    Args:
-        q: queries, (B, H, T, S).
-        k: keys, (B, H, T, S).
-        v: values, (B, H, T, S).
-        window: positions that each position attends to, itself included; 0: itself and all before it.
-
-    Returns:
-        (B, H, T, S).
+    Queries, keys, values and the result are (B, H, T, S). Each position attends to the last ``window`` positions,
+    itself included; 0: to itself and all before it.
     """
     scores = q @ k.mT / math.sqrt(q.size(-1))
     return (scores + causal_mask(q.size(-2), window).to(q)).softmax(-1) @ v
@@ -125,16 +111,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, window: int = 0, dropout: float = 0.0
 ) -> Tensor:
-    """Return the same as :func:`plain_attention`, with dropout on the weights.
-
-    Args:
-        q: queries, (B, H, T, S).
-        k: keys, (B, H, T, S).
-        v: values, (B, H, T, S).
-        mask: the result of :func:`attention_mask`.
-        window: as for that function.
-        dropout: probability; 0 outside of training.
-    """
+    """Return the same as :func:`plain_attention`, with dropout on the weights and a mask of :func:`attention_mask`."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
     if mask.ndim == 3:
@@ -144,25 +121,21 @@ def causal_attention(
     return _attention_by_products(q, k, v, mask, dropout).view(B, H, T, S)
 
 
-def attention_mask(q_like: Tensor, length: int, window: int, n_head: int) -> Tensor | None:
-    """Return the mask that :func:`causal_attention` takes: one for all layers.
+def attention_mask(like: Tensor, length: int, window: int, n_head: int) -> Tensor | None:
+    """Return the mask of :func:`causal_attention` for T = ``length`` characters, which all layers share.
 
-    Args:
-        q_like: a tensor of B sequences, with the dtype and device of the queries.
-        length: characters T.
-        window: positions that each position attends to, itself included; 0: all before it too.
-        n_head: heads H.
+    It has the dtype and device of ``like``, a tensor of B sequences.
 
     Returns:
         0 where a position may attend and -inf elsewhere, (T, T); None where the fused kernel masks by itself; with a
         window below T, the mask of :func:`_local_attention`.
     """
     if 0 < window < length:
-        copies = 1 if q_like.is_cuda else q_like.size(0) * n_head  # baddbmm does not broadcast
-        return _local_mask(window, length, q_like).repeat(copies, 1, 1)
-    if q_like.is_cuda or length > LONGEST_BY_PRODUCTS:
+        copies = 1 if like.is_cuda else like.size(0) * n_head  # baddbmm does not broadcast
+        return _local_mask(window, length, like).repeat(copies, 1, 1)
+    if like.is_cuda or length > LONGEST_BY_PRODUCTS:
         return None
-    return causal_mask(length).to(q_like)
+    return causal_mask(length).to(like)
 
 
 def causal_mask(length: int, window: int = 0) -> Tensor:
@@ -193,11 +166,7 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, window: i
 
 
 def _local_mask(window: int, length: int, like: Tensor) -> Tensor:
-    """Return the keys, of its own and the previous chunk, that each query of a chunk may attend to.
-
-    Returns:
-        0 and -inf, (chunks, W, 2 W), with the dtype and device of ``like``.
-    """
+    """Return 0 for the keys, of its own and the previous chunk, that a query may attend to, (chunks, W, 2 W)."""
     query = torch.arange(window, 2 * window, device=like.device)[:, None]
     key = torch.arange(2 * window, device=like.device)
     hidden = (key > query) | (key <= query - window)

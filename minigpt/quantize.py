@@ -4,8 +4,6 @@ Writing one character reads every weight once, so the size of the weights bounds
 then, and attention is computed as ever.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Literal, cast, get_args

@@ -1,7 +1,5 @@
 """Compilation of native.cpp for this processor, into a file in the user's cache folder that all models share."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -3,8 +3,6 @@
 The graph wraps ``GPT.forward``. Everything that changes from character to character is in tensors at fixed addresses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -20,15 +18,10 @@ STEPS_BEFORE_CAPTURE = 16
 
 
 class GraphCache(KVCache):
-    """KV cache whose slice for one character can be given by tensors.
+    """KV cache whose slice for one character can be given by tensors: next_ids (B, 1), slot (1,) and position (1,).
 
-    Attributes:
-        next_ids: the character to read, int64 (B, 1).
-        slot: the slot to store it in, int64 (1,).
-        position: its position in the sequence, int64 (1,).
-        graph: the captured forward pass. The cache owns it, and nothing that the graph refers to owns the cache: in a
-            reference cycle it would be destroyed at any garbage collection, which must not happen during a capture.
-        logits: its result, (B, 1, V).
+    The cache owns the captured graph, and nothing that the graph refers to owns the cache: in a reference cycle it
+    would be destroyed at any garbage collection, which must not happen during a capture. ``logits`` is its result.
     """
 
     graph: torch.cuda.CUDAGraph | None = None
@@ -59,7 +52,7 @@ class GraphCache(KVCache):
             self._from_tensors = False
 
     def reserve(self, count: int) -> CacheSlice:
-        """Return the slice for ``count`` new characters."""
+        """Return the slice for new characters."""
         if not self._from_tensors:
             return super().reserve(count)
         current = self.current
@@ -75,11 +68,7 @@ class GraphCache(KVCache):
 
 
 class GraphedGPT:
-    """A model on a GPU that reads single characters through a CUDA graph.
-
-    Args:
-        model: in evaluation mode.
-    """
+    """A model on a GPU, in evaluation mode, that reads single characters through a CUDA graph."""
 
     stream: ClassVar[torch.cuda.Stream | None] = None
     """The stream for all captures: libraries keep memory for each stream that they have seen."""

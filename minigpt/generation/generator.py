@@ -32,8 +32,8 @@ class Generator:
         model: in evaluation mode, on the device to use.
         tokenizer: its vocabulary.
         dtype: of the weights of linear maps.
-        compile: whether to use the compiled decoder; see :func:`minigpt.generation.native.compile_model`.
-        characters: how many will be written one after the other, as far as known.
+        compile: use of the compiled decoder; see :func:`minigpt.generation.native.compile_model`.
+        characters: how many will be written one after the other, if known.
     """
 
     def __init__(

@@ -42,20 +42,17 @@ CompileMode = Literal["auto", "always", "never"]
 def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters: int = 0) -> NativeGPT | None:
     """Return the compiled decoder for ``sample.compile``, or None if PyTorch is to be used.
 
-    Args:
-        model: a model that is not quantized.
-        dtype: of the weights.
-        mode: ``always`` compiles if necessary. ``auto`` uses what was compiled before, compiles where ``characters``
-            make it worth the wait, and else in the background, for the next text.
-        characters: how many will be written one after the other, as far as known.
+    ``always`` compiles if necessary. ``auto`` uses the file that was compiled before, compiles first if ``characters``,
+    the number to write one after the other, make it worth the wait, and else compiles in the background for next time.
 
     Raises:
         UserError: there is no compiled decoder, and the mode is ``always``.
     """
-    if mode == "never" or (mode == "auto" and model.embedding.weight.device.type != "cpu"):
+    on_cpu = model.embedding.weight.device.type == "cpu"
+    if mode == "never" or (mode == "auto" and not on_cpu):
         return None
     try:
-        if model.embedding.weight.device.type != "cpu":
+        if not on_cpu:
             raise NotCompiledError("it runs on a CPU only")
         if model.config.activation not in ACTIVATIONS:
             raise NotCompiledError(f"it does not implement model.activation = {model.config.activation}")
@@ -106,9 +103,8 @@ class _Call(ctypes.Structure):
 class NativeCache(KVCache):
     """KV cache of the compiled decoder, which looks the convolution over the embeddings up by character.
 
-    Attributes:
-        ids: the characters in the slots, after embd_conv - 1 earlier ones, int64 (B, embd_conv - 1 + slots).
-        padding: stands for no character; it has an embedding of zeros.
+    ``ids`` are the characters in the slots, after embd_conv - 1 earlier ones: int64 (B, embd_conv - 1 + slots). The id
+    ``padding`` stands for no character and has an embedding of zeros.
     """
 
     def __init__(self, config: ModelParams, batch_size: int, slots: int, dtype: torch.dtype, padding: int) -> None:
@@ -131,15 +127,10 @@ class NativeGPT:
     """A model that reads with the compiled function.
 
     With quantized weights, keys and values are bfloat16, and so are the inputs of products of pairs; all else is
-    float32.
-
-    Args:
-        model: on a CPU; float64 only with weights of dtype float32, which leaves them as they are.
-        dtype: of the weights.
-        library: the compiled file.
+    float32. ``model`` is on a CPU; float64 only with weights of dtype float32, which leaves them as they are.
 
     Raises:
-        NotCompiledError: the file cannot be loaded.
+        NotCompiledError: the compiled file ``library`` cannot be loaded.
     """
 
     @torch.no_grad()
@@ -181,8 +172,7 @@ class NativeGPT:
     @torch.inference_mode()
     def __call__(self, ids: Tensor, cache: KVCache, num_logits: int | None = None) -> Tensor:
         """Return what :meth:`GPT.forward` returns for ids (B, T)."""
-        if not isinstance(cache, NativeCache):
-            raise TypeError(f"expected a NativeCache, got {type(cache).__name__}")
+        assert isinstance(cache, NativeCache)  # noqa: S101 - for the type checker: make_cache made it
         B, T = ids.shape
         count = T if num_logits is None else num_logits
         cache.make_room(T)

@@ -1,7 +1,5 @@
 """Choice of the next character: filters of the distribution, draws from it, and stop strings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
