@@ -172,7 +172,7 @@ def loss_of_minigpt(options: Options) -> Measured:
             if "val_loss" in values:
                 curve.append((run.clock.seconds, values["val_loss"]))
 
-        def mirror(self) -> None:
+        def upload(self) -> None:
             """Nothing to send."""
 
     seed = 1337 + options.round

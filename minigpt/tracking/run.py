@@ -60,7 +60,7 @@ class Tracker:
         journal.tags({"device": describe_device(device)} | ({"resumed": f"{starts} times"} if starts else {}))
         journal.status("RUNNING")
         self.attempt("system metrics", lambda: self._start_monitor(device))
-        self.mirror()
+        self.upload()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
@@ -94,7 +94,7 @@ class Tracker:
         print(f"minigpt: {name} added to run {journal.key[:8]} '{named['name']}'{origin} in {self.display_uri}")
         self.finish()
 
-    def mirror(self) -> None:
+    def upload(self) -> None:
         """Flush the journal to the disk and request an upload. Only the first failure is reported."""
         self.journal.flush()
         self._background.request()
@@ -155,7 +155,7 @@ def tracker_of_model(record: Path) -> Tracker:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: does not name a run ({error}); create it with `dvc repro train`") from None
     tracker = Tracker(key)
-    tracker.mirror()
+    tracker.upload()
     return tracker
 
 

@@ -43,7 +43,7 @@ class Observer(Protocol):
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step. A resumed training repeats the steps after its checkpoint."""
 
-    def mirror(self) -> None:
+    def upload(self) -> None:
         """Flush the recorded metrics to the disk and start to upload them. Training time is not counted."""
 
 
@@ -244,7 +244,7 @@ class Trainer:
         state.history.append(dict(zip(HISTORY, values, strict=True)))
         if self.observer:
             self.observer.metrics(step, {"train_loss": train_loss, "val_loss": val_loss})
-            self.observer.mirror()
+            self.observer.upload()
         state.evaluations_since_best += 1
         better = val_loss < state.best_loss or not self.best
         if better:
@@ -260,7 +260,7 @@ class Trainer:
         self.state.saved_step, self.state.train_seconds = self.state.step, self.clock.seconds
         if self.observer:
             # Metrics first: a training that resumes from this checkpoint does not report earlier steps again.
-            self.observer.mirror()
+            self.observer.upload()
         self.checkpoints.save(Checkpoint(self._tensors(), self.state), self.group)
 
     def _read(self, scalars: tuple[int, list[float]] | None) -> int:

@@ -28,7 +28,7 @@ def test_unresponsive_server_is_waited_for_once(monkeypatch, capsys):
         tracker = Tracker("c" * 32)
         for step in range(50):
             tracker.metrics(step, {"val_loss": step})
-            tracker.mirror()
+            tracker.upload()
         assert capsys.readouterr().err == ""
         tracker.end("FINISHED", [])
         # The first request is still unanswered, so only `end` can have waited.
@@ -46,7 +46,7 @@ def test_next_stage_does_not_wait_for_an_unreachable_server(current_server, here
     key, printed = uuid.uuid4().hex, []
     code = (
         "import sys; from minigpt.tracking import background, run; background.MAX_WAIT = 0.5\n"
-        "tracker = run.Tracker(sys.argv[1]); tracker.mirror(); tracker.stage(sys.argv[2], {}, {'loss': 1.0})"
+        "tracker = run.Tracker(sys.argv[1]); tracker.upload(); tracker.stage(sys.argv[2], {}, {'loss': 1.0})"
     )
     with Proxy({"": current_server}) as proxy:
         proxy.fault = "hang"
@@ -63,7 +63,7 @@ def test_next_stage_does_not_wait_for_an_unreachable_server(current_server, here
         proxy.fault = None
         tracker = Tracker(key)
         assert tracker._background.remaining_wait == background.SHORT_WAIT
-        tracker.mirror()
+        tracker.upload()
         while tracker._background.remaining_wait == background.SHORT_WAIT:  # until the server accepts a record
             time.sleep(0.01)
         check_store(current_server, key)
@@ -85,7 +85,7 @@ def test_only_unresponsive_servers_use_up_the_wait(logged_in, monkeypatch, reque
         began = time.perf_counter()
         for step in range(50):
             tracker.metrics(step, {"val_loss": step})
-            tracker.mirror()
+            tracker.upload()
         tracker.end("FINISHED", [])
         spent = [time.perf_counter() - began]
         assert (tracker._background.remaining_wait == 0) == (fault in WAITED_FOR)
@@ -95,7 +95,7 @@ def test_only_unresponsive_servers_use_up_the_wait(logged_in, monkeypatch, reque
             later = Tracker("c" * 32)
             if fault in WAITED_FOR:
                 assert later._background.remaining_wait == background.SHORT_WAIT
-            later.mirror()
+            later.upload()
             later.stage(name, {}, {"loss": 1.0})
             spent.append(time.perf_counter() - began)
         assert Uploader(uri).missing(tracker.journal) > 52

@@ -75,11 +75,11 @@ def test_run_trained_elsewhere_is_extended(here, monkeypatch, capsys):
 def test_run_deleted_during_training_stays_deleted(capsys):
     tracker = Tracker(KEY)
     tracker.journal.name("a run")
-    tracker.mirror()
+    tracker.upload()
     client, run = find_run(store.resolve_tracking_uri(), KEY)
     client.delete_run(run.info.run_id)
     tracker.metrics(1, {"val_loss": 2.0})
-    tracker.mirror()
+    tracker.upload()
     tracker.end("FINISHED", [])
     assert not client.search_runs([run.info.experiment_id])
     printed = capsys.readouterr().out

@@ -36,7 +36,7 @@ class RecordingObserver:
         if self.on_metrics:
             self.on_metrics(step)
 
-    def mirror(self):
+    def upload(self):
         pass
 
 
