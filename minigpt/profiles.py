@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from minigpt import params
 from minigpt.errors import UserError
@@ -35,18 +36,24 @@ def apply(name: str, text: str, root: Path = Path()) -> str:
     """Return the text of ``params.yaml`` with the values of a profile; comments and layout are kept.
 
     Raises:
-        UserError: there is no such profile.
+        UserError: there is no such profile, or a file is not a YAML mapping without duplicate keys.
     """
     if name not in names(root):
         raise UserError(f"{root / DIRECTORY / name}.yaml: no such profile; `minigpt profile` lists them")
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1 << 16  # else long values are wrapped
-    tree = yaml.load(text)
-    for profile in (DEFAULT, name):
-        for section, values in yaml.load(root / DIRECTORY / f"{profile}.yaml").items():
-            for key, value in values.items():
-                tree[section][key] = value
+    try:
+        tree = yaml.load(text)
+        for profile in (DEFAULT, name):
+            for section, values in (yaml.load(root / DIRECTORY / f"{profile}.yaml") or {}).items():
+                if isinstance(values, dict) and section in tree:
+                    tree[section].update(values)
+                else:  # a mistake, which the validation reports
+                    tree[section] = values
+    except (YAMLError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{PARAMS} or {DIRECTORY / name}.yaml: not readable as YAML: {reason}") from None
     written = io.StringIO()
     yaml.dump(tree, written)
     return written.getvalue()
