@@ -57,13 +57,11 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        saved_step: the step of the newest checkpoint; 0 if there is none.
-        best_step: the step of the lowest validation loss.
-        best_loss: that loss, in nats per character.
-        evaluations_since_best: evaluations since then, for early stopping.
+        saved_step: step of the newest checkpoint, or 0.
+        best_step: step of the lowest validation loss, ``best_loss`` in nats per character.
         grad_norm: norm of the gradient in the last step, before clipping.
-        train_seconds: seconds of training, without evaluations and checkpoints.
-        resumed_at: the steps that the training was resumed after.
+        train_seconds: time without evaluations and checkpoints.
+        resumed_at: steps that the training was resumed after.
         history: one row per evaluation.
     """
 
@@ -80,12 +78,7 @@ class TrainState:
 
 @dataclass
 class Checkpoint:
-    """A training at the end of a step.
-
-    Attributes:
-        tensors: weights, best weights and optimizer state, by name.
-        state: everything else.
-    """
+    """A training at the end of a step: weights, best weights and optimizer state by name, and all other state."""
 
     tensors: dict[str, Tensor]
     state: TrainState
@@ -145,7 +138,7 @@ class Checkpoints:
         """
         if not group.is_main and not group.sharded:
             return
-        target = self.folder / f"step-{checkpoint.state.step:06d}"
+        target = self._step_folder(checkpoint.state.step)
         with atomic_directory(target) if group.is_main else nullcontext(target) as folder:
             if group.sharded:
                 _write_shards(group.broadcast_object(folder), checkpoint.tensors)
@@ -161,22 +154,18 @@ class Checkpoints:
     def load(
         self, like: dict[str, Tensor], group: ProcessGroup = SINGLE_PROCESS
     ) -> tuple[Checkpoint | None, list[str]]:
-        """Load the newest intact checkpoint.
+        """Load the newest intact checkpoint, if there is one. Return it and a message for each damaged one.
 
         Args:
             like: tensors with the names, shapes, devices and shards to load.
             group: all ranks must call, and all get the checkpoint that rank 0 finds.
-
-        Returns:
-            The checkpoint, if there is one, and a message for each damaged one.
         """
-        folder, found, damaged = self._newest_intact(like, group) if group.is_main else (None, None, [])
-        state = found.state if found else None
-        folder, state, damaged = group.broadcast_object((folder, state, damaged))
-        if folder is None or state is None:
+        found, damaged = self._newest_intact(like, group.sharded) if group.is_main else (None, [])
+        state, damaged = group.broadcast_object((found.state if found else None, damaged))
+        if state is None:
             return None, damaged
         if group.sharded:
-            return Checkpoint(_read_shards(folder, like), state), damaged
+            return Checkpoint(_read_shards(self._step_folder(state.step), like), state), damaged
         tensors = found.tensors if found else {name: torch.empty_like(value) for name, value in like.items()}
         group.broadcast_tensors(tensors[name] for name in like)
         return Checkpoint(tensors, state), damaged
@@ -191,16 +180,15 @@ class Checkpoints:
         for suffix in (".lock", ".pid"):
             self.folder.with_suffix(suffix).unlink(missing_ok=True)
 
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
     def _step_folders(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        folders = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+        folders = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def _newest_intact(
-        self, like: dict[str, Tensor], group: ProcessGroup
-    ) -> tuple[Path | None, Checkpoint | None, list[str]]:
-        """Find the newest intact checkpoint; tensors of sharded models are not read yet."""
+    def _newest_intact(self, like: dict[str, Tensor], sharded: bool) -> tuple[Checkpoint | None, list[str]]:
+        """Find the newest intact checkpoint. Tensors of a sharded model are not read yet."""
         damaged: list[str] = []
         for folder in reversed(self._step_folders()):
             try:
@@ -211,12 +199,12 @@ class Checkpoints:
                     if _digest(folder / name) != digest:
                         raise ValueError(f"{name} does not match its digest")
                 state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-                tensors = {} if group.sharded else _read_tensors(folder, like)
+                tensors = {} if sharded else _read_tensors(folder, like)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged.append(f"{folder}: damaged, skipped: {error}")
             else:
-                return folder, Checkpoint(tensors, state), damaged
-        return None, None, damaged
+                return Checkpoint(tensors, state), damaged
+        return None, damaged
 
 
 def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class DeferredScalars:
 
 
 class CheckpointTimer:
-    """Timer for the next checkpoint, started at the checkpoint of ``step``."""
+    """Timer for the next checkpoint, started after ``step`` steps."""
 
     def __init__(self, step: int) -> None:
         self._step = step + int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
@@ -69,11 +69,7 @@ class CheckpointTimer:
 
 
 class Stopwatch:
-    """Seconds of training, without the pauses for evaluations and checkpoints.
-
-    Args:
-        seconds: seconds that earlier processes have counted.
-    """
+    """Seconds of training without its pauses, added to the ``seconds`` that earlier processes counted."""
 
     def __init__(self, seconds: float) -> None:
         self._counted = seconds
@@ -132,10 +128,7 @@ class Signals:
 class Control:
     """Agreement of all ranks on when to save and when to stop.
 
-    Each rank sends its request along with the loss of the next step, so agreeing costs no communication of its own.
-
-    Attributes:
-        request: CONTINUE, SAVE or STOP, to be summed over ranks in the next step.
+    Each rank sends its ``request`` along with the loss of the next step, so that agreeing costs no extra communication.
     """
 
     def __init__(self, group: ProcessGroup, signals: Signals, step: int) -> None:
@@ -143,19 +136,17 @@ class Control:
         self.restart_timer(step)
 
     def decide(self, step: int, total: int) -> int:
-        """Return CONTINUE, SAVE or, from STOP upwards, stop: the same in all ranks. Update this rank's request.
+        """Update this rank's request after ``step`` steps. Return the decision of all ranks.
 
-        Args:
-            step: steps done.
-            total: the sum of requests in the last step that was read.
+        The decision is ``total``, the sum of requests in the last step that was read: CONTINUE, SAVE, or >= STOP.
         """
         due = self._group.is_main and self._timer.due(step)
         self.request = STOP if self._signals.first() else SAVE if due else CONTINUE
-        # A single process need not wait for the sum.
+        # A single process need not wait one step for the sum.
         return self.request if self._group.world_size == 1 else total
 
     def restart_timer(self, step: int) -> None:
-        """Start the timer for the next checkpoint, after that of ``step``, and withdraw the request for it."""
+        """Start the timer for the next checkpoint and withdraw the request, after a checkpoint of ``step``."""
         self._timer, self.request = CheckpointTimer(step), CONTINUE
 
     def interruption(self, step: int) -> Interrupted:
@@ -167,11 +158,9 @@ class Control:
 
 def launching_processes() -> list[int]:
     """Return the pids of torchrun's agent and of DVC with its shell, if they started this process, nearest first."""
-    agent, dvc = "TORCHELASTIC_RUN_ID" in os.environ, "DVC_STAGE" in os.environ
-    if not (agent or dvc):
-        return []
-    chain = ancestors()
-    count = agent + dvc
+    dvc = "DVC_STAGE" in os.environ
+    count = dvc + ("TORCHELASTIC_RUN_ID" in os.environ)
+    chain = ancestors() if count else []
     if dvc and any(name in SHELLS for _, name in chain[count - 1 : count]):
         count += 1
     return [pid for pid, _ in chain[:count]]

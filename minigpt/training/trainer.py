@@ -49,13 +49,7 @@ class Observer(Protocol):
 
 @dataclass
 class TrainResult:
-    """Result of a training.
-
-    Attributes:
-        weights: those of the step with the lowest validation loss.
-        history: one row per evaluation, with the columns of HISTORY.
-        metrics: the training in numbers.
-    """
+    """Weights of the step with the lowest validation loss, one row of HISTORY per evaluation, and final metrics."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
@@ -129,7 +123,10 @@ class Trainer:
         self._resume()
         train, state, scalars = self.train, self.state, DeferredScalars()
         self.clock = Stopwatch(state.train_seconds)
-        with Signals() as signals, self._progress_bar() as bar:
+        # tqdm takes disable=None for "hidden unless the output is a terminal".
+        disable = None if self.group.is_main else True
+        bar = tqdm(total=train.max_iters, initial=state.step, unit="step", disable=disable)
+        with Signals() as signals, bar:
             control = Control(self.group, signals, state.step)
             if self.compiled and state.step < train.max_iters:
                 with self.clock.paused():
@@ -251,9 +248,8 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = val_loss, step, 0
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if self.group.is_main:
-            tqdm.write(
-                f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{'   best' if better else ''}"
-            )
+            mark = "   best" if better else ""
+            tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{mark}")
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last step."""
@@ -288,21 +284,16 @@ class Trainer:
         loss = sum(self._losses) / len(self._losses)
         speed = len(self._losses) * self.train.batch_size * self.block_size / max(seconds, 1e-9)
         self._losses.clear()
-        step = self.state.step
+        rate = self.train.learning_rate * learning_rate(self.state.step - 1, self.train)
         values = {
             "batch_loss": loss,
-            "learning_rate": self.train.learning_rate * learning_rate(step - 1, self.train),
+            "learning_rate": rate,
             "grad_norm": self.state.grad_norm,
             "chars_per_second": speed,
         }
         if self.observer:
-            self.observer.metrics(step, values)
+            self.observer.metrics(self.state.step, values)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} characters/s", refresh=False)
-
-    def _progress_bar(self) -> tqdm[Any]:
-        # tqdm takes disable=None for "where the output is not a terminal".
-        disable = None if self.group.is_main else True
-        return tqdm(total=self.train.max_iters, initial=self.state.step, unit="step", disable=disable)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint: weights, best weights, optimizer state."""
