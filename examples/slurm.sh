@@ -1,11 +1,12 @@
 #!/bin/bash
-# The pipeline on several machines of a cluster, as one job of Slurm:
+# Run the pipeline on several machines of a cluster, as one Slurm job:
 #
 #     sbatch --nodes 4 --gpus-per-node 8 examples/slurm.sh
 #
-# The repository and .venv lie on a disk that all machines share. The first machine runs DVC: prepare, evaluate and
-# sample alone, train through torchrun on all. Set train.grad_accum to a multiple of the number of GPUs. Slurm warns
-# two minutes before the job's time is up; the training saves, and the job goes back to the queue to go on from there.
+# All machines must share the disk with the repository and .venv. The first machine runs DVC. It runs prepare, evaluate
+# and sample alone, and starts train on all machines with torchrun. train.grad_accum must be a multiple of the number of
+# GPUs. Two minutes before its time limit, Slurm signals the job. The training then saves a checkpoint, and the job is
+# requeued to resume from it.
 
 #SBATCH --job-name=minigpt
 #SBATCH --nodes=2
@@ -21,7 +22,8 @@ cd "$SLURM_SUBMIT_DIR" || exit 1
 source .venv/bin/activate
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restarted job must not find the addresses of the one that died
+# A restarted job must not connect to the addresses of the processes that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export MINIGPT_LAUNCH="srun --kill-on-bad-exit=1 torchrun --nnodes $SLURM_NNODES --nproc-per-node ${SLURM_GPUS_ON_NODE:-1}
     --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $first:29400 --max-restarts 3"
 
@@ -31,7 +33,8 @@ stopped=
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 wait "$dvc"
 status=$?
-while kill -0 "$dvc" 2>/dev/null; do  # a trap ends wait early: the training is saving
+# The trap ends `wait` early, while the training still saves its checkpoint.
+while kill -0 "$dvc" 2>/dev/null; do
     wait "$dvc"
     status=$?
 done
