@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.contenders import MEASURES, ROOT
+from benchmarks.common import ROOT
+from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe_device
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders import ROOT, prepared, profile, trainer
+from benchmarks.common import ROOT, prepared, profile, trainer
 
 if TYPE_CHECKING:
     from minigpt.training.trainer import Trainer
@@ -82,7 +82,7 @@ def built(name: str, seed: int, text: Path) -> Trainer:
             torch._foreach_copy_(weights, kept)
 
     class Growing(Trainer):
-        """The batch grows from 0.4 of its size to 1.6 of it; the whole reads as many windows."""
+        """Trainer whose batch grows from 0.4 to 1.6 of its size; the run reads the usual number of windows."""
 
         def accumulate_gradient(self, step: int) -> Tensor:
             size, steps = self.train.batch_size, self.train.max_iters
@@ -107,7 +107,7 @@ def measure(name: str, seed: int, text: Path) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if ran.returncode:
-        sys.exit(f"benchmarks: {name} failed; its error stands above")
+        sys.exit(f"benchmarks: {name} failed; see its error above")
     result: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
     return result
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("variants", nargs="*", help="; ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="concurrent trainings, one thread each")
     parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
     parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)

@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from benchmarks.__main__ import commit, machine
-from benchmarks.contenders import ROOT
+from benchmarks.common import ROOT
 from benchmarks.texts import parts
 
 STEPS = 20

@@ -199,7 +199,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {_one_line(error)}") from None
+        raise UserError(f"{path}: not readable: {one_line(error)}") from None
 
 
 def parse(text: str, source: str) -> Params:
@@ -207,7 +207,7 @@ def parse(text: str, source: str) -> Params:
     try:
         tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not readable as YAML: {_one_line(error)}") from None
+        raise UserError(f"{source}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
     # Fields with a default must be in the file too, because DVC compares only the values in the file.
@@ -294,5 +294,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks."""
     return " ".join(str(error).split())

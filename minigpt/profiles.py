@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from minigpt import params
 from minigpt.errors import UserError
@@ -34,10 +35,17 @@ def apply(name: str, text: str, root: Path = Path()) -> str:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1 << 16  # else long values are wrapped
-    tree = yaml.load(text)
-    for profile in (DEFAULT, name):
-        for section, values in yaml.load(root / DIRECTORY / f"{profile}.yaml").items():
-            tree[section].update(values)
+    try:
+        tree = yaml.load(text)
+        for profile in (DEFAULT, name):
+            for section, values in (yaml.load(root / DIRECTORY / f"{profile}.yaml") or {}).items():
+                if isinstance(values, dict) and section in tree:
+                    tree[section].update(values)
+                else:  # a mistake, which the validation reports
+                    tree[section] = values
+    except (YAMLError, AttributeError) as error:
+        where = f"{PARAMS} or {DIRECTORY / name}.yaml"
+        raise UserError(f"{where}: not readable as YAML: {params.one_line(error)}") from None
     written = io.StringIO()
     yaml.dump(tree, written)
     return written.getvalue()

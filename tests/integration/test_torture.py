@@ -244,25 +244,9 @@ def test_mutated_params_are_accepted_or_rejected_with_one_message(tmp_path):
     tree = overlay(yaml.safe_load(shipped), SMALL)
     rng, messages, count = random.Random(0), [], 2000
     odd_values = [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        7,
-        10**30,
-        1e-9,
-        float("inf"),
-        float("nan"),
-        "",
-        "abc",
-        "रोज",
-        [],
-        ["\n"],
-        {},
-        {"a": 1},
-        b"x",
-    ]
+        None, True, -1, 0, 1, 7, 10**30, 1e-9, float("inf"), float("nan"),
+        "", "abc", "रोज", [], ["\n"], {}, {"a": 1}, b"x",
+    ]  # fmt: skip
     path = tmp_path / "params.yaml"
     for _ in range(count):
         if rng.random() < 0.5:

@@ -7,7 +7,7 @@ from helpers.models import build, variants
 from helpers.workspace import ROOT, params_with
 
 from minigpt.model import GPT
-from minigpt.params import load
+from minigpt.profiles import load_profile
 
 
 @pytest.mark.parametrize("model", variants(), ids=str)
@@ -113,7 +113,7 @@ def test_reference_has_the_published_number_of_parameters():
     C, V, T = 384, 65, 256
     block = 2 * 2 * C + (C + 1) * 3 * C + (C + 1) * C + (C + 1) * 4 * C + (4 * C + 1) * C
     with torch.device("meta"):
-        gpt = GPT(load(ROOT / "configs/reference.yaml").model, V)
+        gpt = GPT(load_profile("reference", ROOT).model, V)
     assert gpt.num_parameters() == V * C + T * C + 6 * block + 2 * C + (C + 1) * V
 
 
@@ -132,7 +132,7 @@ def test_flops_per_character_equal_torchs_count():
 def test_logits_equal_hugging_face_gpt2_with_the_same_weights():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = load(ROOT / "configs/reference.yaml").model
+    config = load_profile("reference", ROOT).model
     C, V, T = config.n_embd, 65, config.block_size
     torch.manual_seed(0)
     shape = {"vocab_size": V, "n_positions": T, "n_embd": C, "n_layer": config.n_layer, "n_head": config.n_head}

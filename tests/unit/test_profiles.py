@@ -68,6 +68,13 @@ def test_profile_with_an_unknown_key_or_a_wrong_type_is_rejected(workspace):
         profiles.load_profile("mine", workspace)
 
 
+@pytest.mark.parametrize("text", ["model: 3\n", "models: {n_layer: 2}\n", "- 1\n", "a: 1\na: 2\n", "model: [\n"])
+def test_profile_of_another_form_is_one_message(workspace, text):
+    (workspace / "configs/mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"configs/mine\.yaml: [^\n]*$"):
+        profiles.load_profile("mine", workspace)
+
+
 @pytest.mark.parametrize("git", [True, False])
 def test_profile_may_replace_another_that_is_not_committed(tmp_path, project_files, workspace, git, monkeypatch):
     folder = make_repository(tmp_path / "repository", project_files) if git else workspace

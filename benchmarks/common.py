@@ -1,0 +1,151 @@
+"""Contenders by measure, and the setup that they share: text, models, trainers, clocks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from benchmarks.peers import Peer
+    from minigpt.data.dataset import Corpus
+    from minigpt.params import Params
+    from minigpt.training.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
+"""nanoGPT's documented size for a small machine; trained on batches of 12."""
+
+FULL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+"""The size of the published system; trained on batches of 64."""
+
+FLOPS = 6 * (6 * 12 * 384**2 + 65 * 384) + 12 * 6 * 256 * 384
+"""Operations of training it on one character: 6 per weight, and attention (Chowdhery et al. 2022, appendix B)."""
+
+SETTLED = "threads and memory as minigpt has them"
+"""Marks peers that run with this project's thread and memory settings (minigpt/runtime/cpu.py), not their defaults."""
+
+
+class NotMeasuredError(Exception):
+    """A contender cannot be measured on this machine."""
+
+
+Options = argparse.Namespace
+
+Measured = dict[str, float]
+
+MEASURES: dict[str, dict[str, Callable[[Options], Measured]]] = {}
+
+
+def contender(measure: str, name: str, **settings: Any) -> Callable[[Callable[..., Measured]], Callable[..., Measured]]:
+    """Enter a function, with some of its arguments, as a contender; this project's first, compiled ones foremost."""
+
+    def enter(function: Callable[..., Measured]) -> Callable[..., Measured]:
+        entered = MEASURES.get(measure, {}) | {name: lambda options: function(options, **settings)}
+        MEASURES[measure] = dict(
+            sorted(entered.items(), key=lambda e: (not e[0].startswith("minigpt"), not e[0].endswith("compiled"), e[0]))
+        )
+        return function
+
+    return enter
+
+
+def profile(name: str, **changes: dict[str, Any]) -> Params:
+    """Return the params of a profile in ``configs/``, with changes by section."""
+    from minigpt import params, profiles
+
+    tree = profiles.load_profile(name, ROOT).model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return params.Params.model_validate(tree)
+
+
+def prepared(options: Options) -> Corpus:
+    """Encode the text and open it on the device."""
+    from minigpt.data import dataset, encode
+
+    with tempfile.TemporaryDirectory() as folder:
+        encode.encode_corpus(options.text, 0.1, Path(folder))
+        return dataset.load_corpus(Path(folder), options.device)
+
+
+def peer(who: str, vocab_size: int, size: dict[str, int], device: str) -> Peer:
+    """Return the model of a peer."""
+    import torch
+
+    from benchmarks import peers
+
+    torch.manual_seed(1337)
+    kinds = {"hf": peers.HuggingFace, "x": peers.XTransformers, "reference": peers.Reference}
+    return kinds[who](vocab_size, **size).to(device)
+
+
+def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, block_size: int) -> Any:
+    """Return the training of a peer: the reference's own, or nanoGPT's in bfloat16 where the hardware has it."""
+    import torch
+
+    from benchmarks import peers
+    from minigpt.runtime.device import compute_dtype
+
+    if who == "reference":
+        return peers.ReferenceTraining(model, tokens, batch_size, block_size)
+    dtype = compute_dtype("auto", tokens.device) or torch.float32
+    return peers.NanoGPTTraining(model, tokens, batch_size, block_size, dtype)
+
+
+def trainer(params: Params, corpus: Corpus, observer: Any = None, kind: type[Trainer] | None = None) -> Trainer:
+    """Return a trainer of this project, or of the subclass ``kind``, that saves no checkpoints."""
+    from minigpt.runtime.distributed import ProcessGroup
+    from minigpt.training.checkpoint import Checkpoints
+    from minigpt.training.trainer import Trainer
+
+    os.environ |= {"MINIGPT_CHECKPOINT_SECONDS": "inf", "MINIGPT_CHECKPOINT_STEPS": str(10**9)}
+    group = ProcessGroup(0, 1, corpus.train.tokens.device)
+    return (kind or Trainer)(params, corpus, group, observer, Checkpoints(Path(), "benchmark"))
+
+
+class Timer:
+    """Stopwatch that can be paused and waits for the work of a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds = device, 0.0
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop counting."""
+        self._wait()
+        self.seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        """Go on counting."""
+        self._wait()
+        self._since = time.perf_counter()
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products in ``dtype``: the median of ten."""
+    import torch
+
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(11):
+        timer = Timer(device)
+        a @ b
+        timer.pause()
+        seconds.append(timer.seconds)
+    return 2 * n**3 / sorted(seconds[1:])[5]
