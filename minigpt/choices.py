@@ -5,8 +5,6 @@ the optimizer look their functions up in them. A compiled decoder that does not 
 PyTorch. Params are validated before torch is imported, so functions of tensors are given by their import path.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable
@@ -16,12 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Activation:
-    """Activation function of the feed-forward layer.
+    """Activation function of the feed-forward layer: the import path of a function of one tensor.
 
-    Attributes:
-        path: import path of a function of one tensor.
-        maps: number of linear maps that compute its input. Gated activations take two, concatenated in the last
-            dimension.
+    Its input is the output of ``maps`` linear maps, concatenated in the last dimension. Gated activations take two.
     """
 
     path: str
@@ -31,8 +26,7 @@ class Activation:
     def function(self) -> Callable[[Any], Any]:
         """The function; the first access imports torch."""
         module, _, name = self.path.rpartition(".")
-        function: Callable[[Any], Any] = getattr(importlib.import_module(module), name)
-        return function
+        return getattr(importlib.import_module(module), name)
 
 
 ACTIVATIONS = {
@@ -47,5 +41,4 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
-"""Learning rate after the warm-up, from 1 (peak) to 0 (final), as a function of the progress through the remaining
-steps, from 0 to 1."""
+"""Learning rate from 1 (peak) to 0 (final), as a function of the progress after the warm-up, from 0 to 1."""

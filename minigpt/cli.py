@@ -1,7 +1,4 @@
-"""The command ``minigpt``, with one subcommand per task.
-
-The help and the shell completion must be fast, so torch and mlflow are imported inside the subcommands.
-"""
+"""The command ``minigpt``. Its subcommands import torch and mlflow, so that the help and shell completion are fast."""
 
 from __future__ import annotations
 
@@ -25,9 +22,9 @@ from minigpt import __version__, errors, params, profiles
 
 if TYPE_CHECKING:
     from minigpt.data.tokenizer import Tokenizer
-    from minigpt.generation.generator import Generator
 
 MODEL, RESULTS = Path("models/gpt"), Path("results")
+FilePath = click.Path(path_type=Path)
 
 
 class WriteParams(params.SampleParams):
@@ -61,27 +58,24 @@ def write_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for each field of :class:`WriteParams` with a description to a click command."""
     for name, field in reversed(WriteParams.model_fields.items()):
         if field.description:
+            random = name == "seed"
             command = click.option(
-                f"--{name.replace('_', '-')}",
-                type=option_type(field),
-                multiple=isinstance(field.default, list),
-                default=None if name == "seed" else field.default,
-                show_default="random" if name == "seed" else bool(field.default != []),
+                option_name(name), type=option_type(field), multiple=isinstance(field.default, list),
+                default=None if random else field.default, show_default="random" if random else field.default != [],
                 help=field.description,
-            )(command)
+            )(command)  # fmt: skip
     return command
 
 
 def option_type(field: FieldInfo) -> Any:
     """Return click's type of the option for a field."""
-
-    def limit(*names: str) -> float | None:
-        return next((getattr(item, name) for item in field.metadata for name in names if hasattr(item, name)), None)
-
+    limits = {
+        name: getattr(item, name) for item in field.metadata for name in ("ge", "gt", "le") if hasattr(item, name)
+    }
     if get_origin(field.annotation) is Literal:
         return ChoiceType(get_args(field.annotation))
     if field.annotation in (int, float):
-        return NumberType(limit("ge", "gt"), limit("le"), min_open=limit("gt") is not None)
+        return NumberType(limits.get("ge", limits.get("gt")), limits.get("le"), min_open="gt" in limits)
     return click.STRING
 
 
@@ -99,13 +93,7 @@ def cli(ctx: click.Context) -> None:
 
 @cli.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    default=MODEL,
-    show_default=True,
-    help="folder of the exported model",
-)
+@click.option("--model", type=FilePath, default=MODEL, show_default=True, help="folder of the exported model")
 @write_options
 @click.option("--skip-unknown", is_flag=True, help="drop characters of PROMPT that are not in the model's vocabulary")
 def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -> None:
@@ -127,23 +115,6 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
             print(f"minigpt: --seed {options['seed']}", file=sys.stderr)
     values = options | {"stop": list(options["stop"]), "prompts": [prompt], "num_samples": 1}
     sampling = params.validate(WriteParams, values, rename=option_name)
-    generator = load_generator(model, sampling)
-    prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
-    pieces = (piece for (piece,) in generator.stream(prompt, sampling))
-    show(graphemes(itertools.chain([prompt], pieces)))
-
-
-def option_name(key: str) -> str:
-    """Return the option for the dotted key of a value: ``--top-k`` for ``top_k``, ``--stop`` for ``stop.0``."""
-    return f"--{key.partition('.')[0].replace('_', '-')}"
-
-
-def load_generator(model: Path, sampling: WriteParams) -> Generator:
-    """Load the exported model with the weights, decoder and device that the options choose.
-
-    Raises:
-        UserError: there is no such model or device.
-    """
     from minigpt.runtime import cpu
 
     cpu.configure_cpu(spin=True)  # before torch is imported
@@ -154,15 +125,21 @@ def load_generator(model: Path, sampling: WriteParams) -> Generator:
         device = choose_device(sampling.device)
     except errors.UserError:
         raise errors.UserError(f"--device: {sampling.device} is not available here; use auto or cpu") from None
-    return Generator.load(model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens)
+    generator = Generator.load(
+        model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens
+    )
+    prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
+    pieces = (piece for (piece,) in generator.stream(prompt, sampling))
+    show(graphemes(itertools.chain([prompt], pieces)))
+
+
+def option_name(key: str) -> str:
+    """Return the option for the dotted key of a value: ``--top-k`` for ``top_k``, ``--stop`` for ``stop.0``."""
+    return f"--{key.partition('.')[0].replace('_', '-')}"
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:
-    """Return the prompt, without characters that are not in the vocabulary if ``skip_unknown``.
-
-    Raises:
-        UserError: the prompt has such a character.
-    """
+    """Return the prompt; reject characters that are not in the vocabulary, or with ``skip_unknown`` drop them."""
     from minigpt.data.tokenizer import describe_character
 
     if skip_unknown:
@@ -204,7 +181,7 @@ def show(texts: Iterable[str]) -> None:
 
 
 @cli.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=FilePath)
 def check(files: tuple[Path, ...]) -> None:
     """Validate FILES, by default params.yaml. Valid files print nothing.
 
@@ -217,9 +194,9 @@ def check(files: tuple[Path, ...]) -> None:
             params.load(path)
 
 
-def complete_profile(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
-    """Return the names of the profiles that start with ``incomplete``."""
-    return [name for name in profiles.names() if name.startswith(incomplete)]
+def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
+    """Return the names of the profiles that begin with ``start``."""
+    return [name for name in profiles.names() if name.startswith(start)]
 
 
 @cli.command()

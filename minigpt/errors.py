@@ -4,8 +4,6 @@ When one process of a distributed job fails, torchrun ends the others. They dela
 the user sees only the first error.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import platform
@@ -15,12 +13,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-PEER_ERROR_DELAY, USER_ERROR_DELAY = 2.0, 10.0
-"""Seconds before a process reports another one's failure, while torchrun ends it, and before a rank above 0 reports a
-user's mistake. Rank 0 most likely reports the same mistake first, and must also end its MLflow run."""
-
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-"""Error numbers of a disk that is full or does not allow writing."""
+PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure, while torchrun ends it
+USER_ERROR_DELAY = 10.0  # seconds in which rank 0 reports the same mistake of the user first, and ends its MLflow run
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # full or read-only disk
 
 
 class UserError(Exception):
@@ -28,11 +23,9 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """End of work that a signal stopped after its state was saved.
+    """End of work that the signal ``signum`` stopped after its state was saved; SIGHUP if the parent has died.
 
-    Attributes:
-        signum: the signal. The process exits with 128 + signum, so that DVC does not record the stage as complete. A
-            process whose parent has died uses SIGHUP.
+    The process exits with 128 + signum, so that DVC does not record the stage as complete.
     """
 
     def __init__(self, signum: int, message: str) -> None:

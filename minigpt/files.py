@@ -1,12 +1,9 @@
 """Atomic writes: a directory appears complete or not at all, also after a crash."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,23 +31,21 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     On an error, the temporary directory is removed and ``target`` stays unchanged. Every file is on the disk before the
     rename. Remains of a killed process are removed, so two processes must not write the same target concurrently.
     """
+    folder, old = target.with_name(f".{target.name}-new.tmp"), target.with_name(f".{target.name}-old.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     for remains in target.parent.glob(f".{target.name}-*.tmp"):
         shutil.rmtree(remains)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    folder.mkdir()
     try:
-        folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to this user only
         yield folder
         for path in folder.rglob("*"):
             fsync(path)
         fsync(folder)
         if target.exists():
-            old = folder.with_name(f".{target.name}-old.tmp")
             target.rename(old)
-            folder.rename(target)
+        folder.rename(target)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            folder.rename(target)
         fsync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,9 +63,3 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         table = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,24 +1,13 @@
 """Typed params of ``params.yaml``, with strict validation that reports all mistakes together by their dotted names."""
 
-from __future__ import annotations
-
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from minigpt.choices import ACTIVATIONS, SCHEDULES
 from minigpt.errors import UserError
@@ -28,29 +17,15 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Compile = Literal["auto", "always", "never"]
+Overflow = Literal["reread", "slide", "roll"]
 
-RENAMED = {
-    "train.final_lr": "train.final_lr_fraction",
-    "train.token_dropout": "train.token_noise",
-}
-"""Keys of earlier versions, with their present names."""
-
+# Keys, and values by key, of earlier versions with their present names.
+RENAMED = {"train.final_lr": "train.final_lr_fraction", "train.token_dropout": "train.token_noise"}
 RENAMED_VALUES = {("overflow", "hop"): "reread"}
-"""Values of earlier versions, by key and value, with their present names."""
-
-
-class OneOf:
-    """Validator that accepts the names of a table in :mod:`minigpt.choices`."""
-
-    def __init__(self, table: Mapping[str, object]) -> None:
-        self.table = table
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return a schema that accepts exactly the names of the table."""
-        return core_schema.literal_schema(list(self.table))
 
 
 class Section(BaseModel):
@@ -59,10 +34,13 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 class DataParams(Section):
     """The text and its split; the stage prepare depends on them."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Text
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     normalize: Literal["none", "NFC"]
 
@@ -78,7 +56,7 @@ class ModelParams(Section):
     attention_window: CountOrZero
     positions: Literal["learned", "rotary"]
     rotary_base: Positive
-    activation: Annotated[str, OneOf(ACTIVATIONS)]
+    activation: Literal[tuple(ACTIVATIONS)]  # type: ignore[valid-type]
     mlp_ratio: Positive
     norm_affine: bool
     embd_norm: bool
@@ -121,7 +99,7 @@ class TrainParams(Section):
     beta2: Fraction
     epsilon: Positive
     weight_decay: NotNegative
-    schedule: Annotated[str, OneOf(SCHEDULES)]
+    schedule: Literal[tuple(SCHEDULES)]  # type: ignore[valid-type]
     warmup_iters: CountOrZero
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
     grad_clip: NotNegative
@@ -130,24 +108,15 @@ class TrainParams(Section):
     eval_chars: Count
     patience: CountOrZero
 
-    @field_validator("grad_accum")
+    @field_validator("grad_accum", "processes")
     @classmethod
-    def _check_grad_accum(cls, grad_accum: int, info: ValidationInfo) -> int:
-        batch_size = info.data.get("batch_size", grad_accum)
-        if batch_size % grad_accum:
-            raise ValueError(f"must divide batch_size into equal parts; {batch_size} is not a multiple of {grad_accum}")
-        return grad_accum
-
-    @field_validator("processes")
-    @classmethod
-    def _check_processes(cls, processes: int, info: ValidationInfo) -> int:
-        grad_accum = info.data.get("grad_accum", processes)
-        if grad_accum % processes:
-            raise ValueError(
-                f"train.grad_accum must be a multiple of the number of processes, and {grad_accum} is not a multiple "
-                f"of {processes}; set train.grad_accum to {processes} as well"
-            )
-        return processes
+    def _check_equal_parts(cls, parts: int, info: ValidationInfo) -> int:
+        name = "batch_size" if info.field_name == "grad_accum" else "grad_accum"
+        whole = info.data.get(name, parts)
+        if whole % parts:
+            hint = "" if name == "batch_size" else f", so set train.grad_accum to {parts} as well"
+            raise ValueError(f"must divide {name} into equal parts; {whole} is not a multiple of {parts}{hint}")
+        return parts
 
 
 class EvaluateParams(Section):
@@ -175,17 +144,15 @@ class SamplingParams(Section):
     repetition_penalty: Positive = Field(
         default=1.0, description="divides the logits of characters in the context; 1: off"
     )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="end the text before this string")
+    stop: list[Text] = Field(default=[], description="end the text before this string")
     seed: Seed = Field(default=1337, description="the same seed and settings write the same text")
-    overflow: Literal["reread", "slide", "roll"] = Field(
-        default="reread", description="what to do when the context is full"
-    )
+    overflow: Overflow = Field(default="reread", description="what to do when the context is full")
 
 
 class SampleParams(SamplingParams):
     """The generated samples; the stage sample depends on them."""
 
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    prompts: Annotated[list[Text], Field(min_length=1)]
     num_samples: Count
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(default="auto", description="format of the weights")
     compile: Compile = Field(default="auto", description="whether to use a decoder compiled with g++, on a CPU")
@@ -221,26 +188,18 @@ class _Loader(yaml.SafeLoader):
     """YAML loader that reads ``3e-4`` as a number, like YAML 1.2 and DVC do. PyYAML reads it as a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate a params file.
-
-    Raises:
-        UserError: the file is missing or not a YAML mapping, a key is missing, or a value is wrong. The message lists
-            all mistakes.
-    """
+    """Read and validate a params file; raise one UserError that lists all mistakes."""
     try:
         return parse(path.read_bytes().decode("utf-8-sig"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {_one_line(error)}") from None
+        raise UserError(f"{path}: not readable: {one_line(error)}") from None
 
 
 def parse(text: str, source: str) -> Params:
@@ -248,7 +207,7 @@ def parse(text: str, source: str) -> Params:
     try:
         tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not readable as YAML: {_one_line(error)}") from None
+        raise UserError(f"{source}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
     # Fields with a default must be in the file too, because DVC compares only the values in the file.
@@ -261,28 +220,14 @@ def parse(text: str, source: str) -> Params:
     return validate(Params, tree, f"{source}: ", missing=missing)
 
 
-SectionT = TypeVar("SectionT", bound=Section)
-
-
 def validate(
-    model: type[SectionT],
-    values: dict[str, Any],
-    prefix: str = "",
-    *,
-    rename: Callable[[str], str] = str,
+    model: type[SectionT], values: dict[str, Any], prefix: str = "", *, rename: Callable[[str], str] = str,
     missing: Iterable[str] = (),
-) -> SectionT:
-    """Return ``values`` as an instance of ``model``.
+) -> SectionT:  # fmt: skip
+    """Return ``values`` as an instance of ``model``; raise one UserError that lists all mistakes.
 
-    Args:
-        model: a section, or all of :class:`Params`.
-        values: its values by key.
-        prefix: start of the error message.
-        rename: function from a dotted key to the name in the error message.
-        missing: dotted keys to report as missing, in addition to the fields without a default.
-
-    Raises:
-        UserError: one or more values are wrong. The message lists all of them.
+    The message starts with ``prefix``, and names each dotted key by ``rename``. It reports the dotted keys ``missing``
+    in addition to missing fields without a default.
     """
     mistakes = dict.fromkeys(missing, "missing")
     try:
@@ -312,15 +257,10 @@ def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, 
 
 
 _EXPECTED = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "model_type": "a section of keys and values",
-}
+    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "a text", "list_type": "a list",
+    "model_type": "a section of keys and values", "string_pattern_mismatch": "'auto', 'cpu', 'cuda' or 'cuda:0'",
+}  # fmt: skip
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -330,30 +270,23 @@ def _explain(model: type[Section], error: Any) -> str:
     if kind == "missing":
         return "missing"
     if kind == "extra_forbidden":
-        closest = difflib.get_close_matches(str(location[-1]), _keys(model, location[:-1]), n=1, cutoff=0.5)
+        section: Any = model
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        closest = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.5)
         return "unknown key" + (f"; did you mean {closest[0]}?" if closest else "")
     if kind == "value_error":
         return str(context["error"])
-    if kind == "literal_error":
-        if renamed := RENAMED_VALUES.get((location[-1], value if isinstance(value, str) else "")):
-            return f"{value} was renamed {renamed}"
-        return f"expected {context['expected']}, got {_shown(value)}"
-    if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {_shown(value)}"
+    if kind == "literal_error" and (location[-1], str(value)) in RENAMED_VALUES:
+        return f"{value} was renamed {RENAMED_VALUES[location[-1], str(value)]}"
+    if kind in _EXPECTED or kind == "literal_error":
+        return f"expected {_EXPECTED.get(kind) or context['expected']}, got {_shown(value)}"
     for limit, words in _LIMITS.items():
         if limit in context:
             return f"must be {words} {str(context[limit]).removesuffix('.0')}, got {_shown(value)}"
-    if kind == "string_pattern_mismatch":
-        return f"expected 'auto', 'cpu', 'cuda' or 'cuda:0', got {_shown(value)}"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     return f"{error['msg']}, got {_shown(value)}"
-
-
-def _keys(section: Any, location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
 
 
 def _shown(value: Any) -> str:
@@ -361,5 +294,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks."""
     return " ".join(str(error).split())

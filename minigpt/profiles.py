@@ -4,8 +4,6 @@ The profile ``default`` holds the original value of every key that some profile 
 of ``default`` and then its own, so profiles can follow one another. Keys that no profile sets keep the user's values.
 """
 
-from __future__ import annotations
-
 import io
 import subprocess
 from pathlib import Path
@@ -16,15 +14,13 @@ from ruamel.yaml.error import YAMLError
 from minigpt import params
 from minigpt.errors import UserError
 
-DIRECTORY = Path("configs")
-PARAMS = Path("params.yaml")
+DIRECTORY, PARAMS = Path("configs"), Path("params.yaml")
 DEFAULT = "default"
 
 
 def names(root: Path = Path()) -> list[str]:
     """Return the names of all profiles, the default first."""
-    found = sorted(path.stem for path in (root / DIRECTORY).glob("*.yaml"))
-    return sorted(found, key=lambda name: name != DEFAULT)
+    return sorted((path.stem for path in (root / DIRECTORY).glob("*.yaml")), key=lambda name: (name != DEFAULT, name))
 
 
 def describe(name: str, root: Path = Path()) -> str:
@@ -33,11 +29,7 @@ def describe(name: str, root: Path = Path()) -> str:
 
 
 def apply(name: str, text: str, root: Path = Path()) -> str:
-    """Return the text of ``params.yaml`` with the values of a profile; comments and layout are kept.
-
-    Raises:
-        UserError: there is no such profile, or a file is not a YAML mapping without duplicate keys.
-    """
+    """Return the text of ``params.yaml`` with the values of a profile; comments and layout are kept."""
     if name not in names(root):
         raise UserError(f"{root / DIRECTORY / name}.yaml: no such profile; `minigpt profile` lists them")
     yaml = YAML()
@@ -52,19 +44,15 @@ def apply(name: str, text: str, root: Path = Path()) -> str:
                 else:  # a mistake, which the validation reports
                     tree[section] = values
     except (YAMLError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{PARAMS} or {DIRECTORY / name}.yaml: not readable as YAML: {reason}") from None
+        where = f"{PARAMS} or {DIRECTORY / name}.yaml"
+        raise UserError(f"{where}: not readable as YAML: {params.one_line(error)}") from None
     written = io.StringIO()
     yaml.dump(tree, written)
     return written.getvalue()
 
 
 def load_profile(name: str, root: Path = Path()) -> params.Params:
-    """Return the params of ``params.yaml`` in the folder ``root`` with the values of a profile.
-
-    Raises:
-        UserError: there is no such profile, or a value is wrong.
-    """
+    """Return the params of ``params.yaml`` in the folder ``root`` with the values of a profile."""
     text = (root / PARAMS).read_text(encoding="utf-8")
     return params.parse(apply(name, text, root), f"{DIRECTORY / name}.yaml")
 
@@ -75,13 +63,7 @@ def is_applied(name: str) -> bool:
 
 
 def write(name: str, force: bool = False) -> None:
-    """Apply a profile to ``params.yaml``.
-
-    Values that neither git nor a profile holds are overwritten only with ``force``.
-
-    Raises:
-        UserError: there is no such profile, ``params.yaml`` is not valid, or it would be overwritten.
-    """
+    """Apply a profile to ``params.yaml``; only ``force`` overwrites values that neither git nor a profile holds."""
     params.load(PARAMS)
     load_profile(name)
     if not (force or _is_committed() or any(map(is_applied, names()))):
@@ -94,10 +76,8 @@ def write(name: str, force: bool = False) -> None:
 
 def _is_committed() -> bool:
     """Return whether git holds ``params.yaml`` as it is; outside a repository and without git, it does not."""
+    command = ["git", "status", "--porcelain", "--ignored", "--", str(PARAMS)]
     try:
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--ignored", "--", PARAMS], check=False, capture_output=True
-        )
-    except FileNotFoundError:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout == b""
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return False
-    return status.returncode == 0 and not status.stdout

@@ -1,10 +1,8 @@
 """Summary of the results of all stages, for a terminal of 80 columns."""
 
-from __future__ import annotations
-
 import csv
+import itertools
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,9 @@ from minigpt.errors import UserError
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
-SAMPLE_LINES = 12
-
 
 def summarize(model: Path, results: Path) -> str:
-    """Return the summary of the stages that wrote to the folders ``model`` and ``results``.
-
-    Raises:
-        UserError: a stage has not been run.
-    """
+    """Return the summary of the stages that wrote to the folders ``model`` and ``results``."""
     source = params.load().data.source
     train, evaluation, sample = (_metrics(results / stage) for stage in ("train", "evaluate", "sample"))
     val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
@@ -30,6 +22,8 @@ def summarize(model: Path, results: Path) -> str:
     error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
     with (results / "train" / "history.csv").open(newline="") as file:
         untrained = float(next(csv.DictReader(file))["val_loss"])
+    sample_lines = filter(str.strip, (results / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")[1:])
+    excerpt = "\n".join(f"  | {line[:75]}" for line in itertools.islice(sample_lines, 12))
     uri = Uploader(resolve_tracking_uri()).display_uri
     local = uri == local_store_uri()
     runs = "make ui" if local else f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
@@ -47,7 +41,7 @@ def summarize(model: Path, results: Path) -> str:
   copied            at most {copied["longest_run"]} characters, {copied["share_of_8_grams"]:.0%} of 8-grams
                     held-out text: {held_out["longest_run"]} characters, {held_out["share_of_8_grams"]:.0%} of 8-grams
 
-{_excerpt(results / "sample" / "samples.txt")}
+{excerpt}
 
   model     {model}/
   sample    {results}/sample/samples.txt
@@ -69,14 +63,6 @@ def summarize(model: Path, results: Path) -> str:
 def _metrics(stage: Path) -> dict[str, Any]:
     path = stage / "metrics.json"
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `dvc repro` writes it") from None
-    return loaded
-
-
-def _excerpt(path: Path) -> str:
-    """Return the first lines of the first sample, shortened to 80 columns."""
-    lines = path.read_text(encoding="utf-8").split("\n")[1:]
-    shown = [line[:75] for line in lines if line.strip()][:SAMPLE_LINES]
-    return textwrap.indent("\n".join(shown), "  | ")

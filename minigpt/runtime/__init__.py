@@ -1,5 +1,4 @@
-"""CPU settings, compute devices, and the processes of a distributed job.
+"""CPU settings, compute devices, and the processes of a distributed job; independent of the model.
 
-Nothing here depends on the model.
 May import: errors, files.
 """

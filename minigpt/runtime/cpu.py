@@ -4,44 +4,37 @@ Call :func:`configure_cpu` before torch is imported, because OpenMP reads its se
 share the cores: the ranks of a job, and the workers of a DVC queue. MINIGPT_CPU=off leaves everything to the system.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 from filelock import FileLock
 
 HUGE_PAGE_BYTES = 1 << 21
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 
 # A FileLock releases its file when it is garbage-collected, so these live as long as the process.
-_held_locks: list[FileLock] = []
-
+_held_locks: list[ExitStack] = []
 _unbound_cores: set[int] = set()
 
 
 def configure_cpu(spin: bool = False) -> None:
     """Limit the process to its share of the cores, bind its threads, and retain its memory.
 
-    Args:
-        spin: keep threads awake between two pieces of work. Generation is a third faster with it, because its pieces
-            take microseconds. All cores stay busy for as long as the process lives.
+    With ``spin``, threads stay awake between two pieces of work, and keep all cores busy as long as the process lives.
+    Generation is a third faster with it, because its pieces take microseconds.
     """
-    limit_to_share()
-    if os.environ.get("MINIGPT_CPU") == "off":
-        return
-    bind_threads(spin)
-    retain_memory()
+    if os.environ.get("MINIGPT_CPU") != "off":
+        limit_to_share()
+        bind_threads(spin)
+        retain_memory()
 
 
 def available_cores() -> list[int]:
@@ -51,53 +44,40 @@ def available_cores() -> list[int]:
 
 def cpu_info(*fields: str) -> str:
     """Return the first of ``fields`` found in /proc/cpuinfo, such as ``vendor_id``; if none is, the CPU's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return next((info[field] for field in fields if field in info), platform.processor())
 
 
 def hold_locks(names: Iterable[str]) -> bool:
-    """Try to take all locks ``names`` until this process ends; return whether that succeeded. On failure, take none.
+    """Try to take all locks ``names`` until this process ends, else none of them; return whether that succeeded.
 
-    All processes of this user share the locks. The system frees the locks of a killed process. They only make programs
+    All processes of this user share the locks, and the system frees those of a killed process. Locks only make programs
     faster, so any failure to take one counts as a lock that another process holds.
     """
     user = os.getuid() if hasattr(os, "getuid") else ""
-    locks: list[FileLock] = []
-    try:
+    with ExitStack() as locks, suppress(OSError):  # includes filelock.Timeout
         for name in names:
-            locks.append(FileLock(Path(tempfile.gettempdir()) / f"minigpt-{name}-{user}.lock", mode=0o600))
-            locks[-1].acquire(blocking=False)
-    except OSError:  # includes filelock.Timeout
-        for lock in locks:
-            lock.release()
-        return False
-    _held_locks.extend(locks)
-    return True
+            lock = FileLock(Path(tempfile.gettempdir()) / f"minigpt-{name}-{user}.lock", mode=0o600)
+            locks.enter_context(lock.acquire(blocking=False))
+        _held_locks.append(locks.pop_all())
+        return True
+    return False
 
 
 def ancestors() -> list[tuple[int, str]]:
-    """Return the (pid, name) of this process's parent, of the parent's parent, and so on.
-
-    The list ends early at a process that has just ended or cannot be read.
-    """
+    """Return (pid, name) of the parent, its parent and so on, up to a process that has ended or cannot be read."""
     chain = []
     with suppress(psutil.Error, OSError):
-        process = psutil.Process().parent()
-        while process is not None:
+        process = psutil.Process()
+        while process := process.parent():
             chain.append((process.pid, process.name()))
-            process = process.parent()
     return chain
 
 
 def limit_to_share() -> None:
-    """Limit this process to its share of the cores, as a rank of a job or as a worker of a DVC queue.
-
-    With fewer cores than processes, the system distributes the processes.
-    """
+    """Limit a rank of a job, or a worker of a DVC queue, to its share of the cores, if there are enough for all."""
     if os.environ.get("MINIGPT_CPU") == "off" or not hasattr(os, "sched_setaffinity"):
         return
     cores, rank = available_cores(), os.environ.get("LOCAL_RANK")
@@ -132,8 +112,8 @@ def queue_worker() -> tuple[int, int]:
 def bind_threads(spin: bool = False) -> None:
     """Bind one OpenMP thread to each core, so that no two threads share a core and stall at every barrier.
 
-    Only one process of a user can bind its threads to a core. A concurrent process leaves its threads unbound, and
-    lets them sleep while they wait. OpenMP settings in the environment take precedence.
+    Concurrent processes of a user cannot bind to the same core. The later one leaves its threads unbound, and lets them
+    sleep while they wait. OpenMP settings in the environment take precedence.
     """
     if {"OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY"} & set(os.environ):
         return
@@ -146,9 +126,9 @@ def bind_threads(spin: bool = False) -> None:
 
 
 def unbind_threads() -> None:
-    """Let this thread, and the threads that it starts, run on all of the process's cores; for work on a GPU.
+    """Let this thread run on all of the process's cores again, because importing torch binds it to one core.
 
-    Importing torch binds this thread to one core. GPU kernels are compiled by one process per available core.
+    GPU kernels are compiled by one process per available core.
     """
     if _unbound_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, _unbound_cores)
@@ -157,14 +137,11 @@ def unbind_threads() -> None:
 def retain_memory() -> None:
     """Keep freed memory in this process, in huge pages if available, instead of returning it to the system.
 
-    A training step allocates the memory that the previous step freed. By default glibc returns large blocks, and the
-    system clears every page again on the next access, which takes up to a third of a step. This reserves addresses for
-    half of the machine's memory; a page takes up memory only after its first use.
+    A training step allocates memory that the previous step freed. By default glibc returns large blocks, and the system clears
+    every page again on the next access, which takes up to a third of a step. This reserves addresses for half of the
+    machine's memory; a page takes up memory only after its first use.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # another C library than glibc
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):  # a C library other than glibc
         return
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never

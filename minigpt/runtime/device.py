@@ -1,7 +1,5 @@
 """Compute device of a process, and the number format that is fastest on it."""
 
-from __future__ import annotations
-
 import torch
 
 from minigpt.errors import UserError
@@ -11,21 +9,16 @@ from minigpt.runtime.cpu import cpu_info, hold_locks, unbind_threads
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device for ``train.device``; ``auto`` is a CUDA device if there is one, else the CPU.
 
-    With several CUDA devices, each rank of a job takes the one with its ``local_rank``. A single process takes the
-    first device that no other process of this project uses, so that queued experiments use different devices.
-
-    Raises:
-        UserError: CUDA is requested and not available.
+    Each rank of a job takes the CUDA device with its ``local_rank``. A single process takes the first one that no other
+    process of this project uses, so that queued experiments use different devices. Raise UserError if there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not name.startswith("cuda"):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if number := name.partition(":")[2]:
-        index = int(number)
-    else:
-        index = local_rank if local_rank is not None else free_device(count)
+    number = name.partition(":")[2] or local_rank
+    index = free_device(count) if number is None else int(number)
     if index >= count:
         raise UserError(f"train.device: {name} is not available (CUDA devices found: {count}); set it to auto")
     torch.cuda.set_device(index)
@@ -34,11 +27,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def free_device(count: int) -> int:
-    """Reserve the first CUDA device that no process of this user has reserved, and return its index; 0 if none is free.
-
-    Args:
-        count: number of CUDA devices. With one device there is nothing to choose, and nothing is reserved.
-    """
+    """Reserve the first free CUDA device and return its index; return 0 if none is free or ``count`` is at most 1."""
     for index in range(count if count > 1 else 0):
         if hold_locks([str(torch.cuda.get_device_properties(index).uuid)]):
             return index
@@ -48,7 +37,7 @@ def free_device(count: int) -> int:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of activations for ``train.dtype``; None means that of the weights, float32.
 
-    ``auto`` is bfloat16 on a GPU that supports it, and on CPUs that multiply it faster than float32.
+    ``auto`` is bfloat16 on GPUs that support it and on CPUs that multiply it faster than float32.
     """
     if name == "auto":
         slow = device.type == "cpu" and bfloat16_at_half_rate() and not torch.cpu._is_amx_tile_supported()
@@ -64,9 +53,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def bfloat16_at_half_rate() -> bool:
-    """Return whether the CPU has instructions for pairs of bfloat16 numbers that run at half the rate of float32.
+    """Return whether the CPU's instructions for pairs of bfloat16 numbers run at half the rate of float32.
 
-    Intel's do: one such instruction takes as long as four in float32, and each of those does half as much. AMD's run at
-    double the rate.
+    Intel's take as long as four instructions in float32, which each do half as much. AMD's run at double the rate.
     """
     return "GenuineIntel" in cpu_info("vendor_id") and "avx512_bf16" in cpu_info("flags").split()

@@ -1,7 +1,5 @@
 """Launcher of a stage in several processes, with torchrun's agent."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -13,23 +11,16 @@ import uuid
 from minigpt.errors import UserError
 from minigpt.runtime.cpu import available_cores, limit_to_share
 
-MAX_RESTARTS = 3
-"""Number of automatic restarts after a process was killed. A process that fails with an error would fail again."""
+MAX_RESTARTS = 3  # after a process was killed; a process that fails with an error would fail again
 
 
 def launch(module: str, processes: int) -> bool:
-    """Run ``python -m module`` as a distributed job, if one is requested.
+    """Run ``python -m module`` as a distributed job, and return True; return False in a job or for one process.
 
     If MINIGPT_LAUNCH is set, replace this process by that command, for example a torchrun on several machines.
     Otherwise start ``processes`` processes on this machine. If one is killed, the job restarts from its last
-    checkpoint, up to MAX_RESTARTS times. A signal is passed to every process once, and this process waits until they
-    end. They share the cores equally unless OMP_NUM_THREADS is set. If the job fails, this process exits with its code.
-
-    Returns:
-        whether a job was run. False in a process of a job, and if one process is requested.
-
-    Raises:
-        UserError: the command in MINIGPT_LAUNCH cannot be run.
+    checkpoint. A signal is passed to every process once, and this process waits until they end. They share the cores
+    equally unless OMP_NUM_THREADS is set. If the job fails, this process exits with its code.
     """
     if "RANK" in os.environ:
         return False
@@ -55,16 +46,10 @@ def _launch_locally(module: str, processes: int) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="minigpt-") as logs:
                 config = LaunchConfig(
-                    min_nodes=1,
-                    max_nodes=1,
-                    nproc_per_node=processes,
+                    min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, run_id=uuid.uuid4().hex,
+                    rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
                     logs_specs=DefaultLogsSpecs(log_dir=logs),
-                    run_id=uuid.uuid4().hex,
-                    rdzv_backend="c10d",
-                    rdzv_endpoint="localhost:0",
-                    local_addr="localhost",
-                    max_restarts=0,
-                )
+                )  # fmt: skip
                 elastic_launch(config, sys.executable)("-m", module)
             return
         except SignalException as stop:
