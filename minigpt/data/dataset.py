@@ -8,27 +8,22 @@
 5. :meth:`Split.eval_batches` yields windows in order. They may overlap, but they score every target exactly once.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from minigpt.data.encode import SPLITS, digest
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_IN_MEMORY_BYTES = 1 << 28
 """Largest split in bytes that is expected to stay in the system's page cache once it has been read."""
@@ -69,12 +64,9 @@ def permute(positions: UInt64Array, n: int, keys: UInt64Array) -> UInt64Array:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Batch of evaluation windows of one length.
+    """Batch of evaluation windows: ids and the character after each, int64, shape (B, T).
 
-    Attributes:
-        ids: inputs of the model, int64, shape (B, T).
-        targets: the next character after each input, int64, shape (B, T).
-        already_scored: number of leading targets of each window that belong to the window before it.
+    The first ``already_scored`` targets of each window were scored by the window before it.
     """
 
     ids: torch.Tensor
@@ -107,89 +99,63 @@ class Split:
     def batch(
         self, seed: int, first: int, batch_size: int, block_size: int, prefetch_stride: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return windows ``first`` to ``first + batch_size - 1`` of an endless stream of training windows.
+        """Return ids and targets, int64, (batch_size, block_size), from an endless stream of training windows.
 
-        The stream depends only on the split, ``seed`` and ``block_size``. An epoch reads each of its windows once, in
-        random order. Windows at independent random positions would repeat some characters and miss others.
+        The batch has the windows from number ``first`` of the stream. The stream depends only on the split, ``seed``
+        and ``block_size``. An epoch reads each of its windows once, in random order. Windows at independent random
+        positions would repeat some characters and miss others.
 
-        Args:
-            seed: the seed of the training.
-            first: number of windows of the stream before this batch.
-            batch_size: number of windows B.
-            block_size: characters T per window.
-            prefetch_stride: the next batch is expected at ``first + prefetch_stride`` and read concurrently; 0: none.
-                Only used if the split has a file. It never changes a batch.
-
-        Returns:
-            ids and targets, int64, both of shape (B, T), on ``device``.
+        If the split has a file and ``prefetch_stride`` is not 0, the next batch is expected at
+        ``first + prefetch_stride`` and read concurrently. This never changes a batch.
 
         Raises:
             UserError: the file became shorter.
             OSError: the file cannot be read.
         """
         request = (seed, first, batch_size, block_size)
-        if not self._file:
-            windows = self._gather(self._starts(*request), block_size + 1)
-        else:
-            prefetched, future = self._prefetched or ((), None)
-            read = future.result() if future and prefetched == request else self._read_batch(self._file, *request)
-            self._prefetched = None
-            if prefetch_stride:
-                following = (seed, first + prefetch_stride, batch_size, block_size)
-                self._prefetched = following, self._reader.submit(self._read_batch, self._file, *following)
-            windows = self._to_device(read)
-        return windows[:, :-1], windows[:, 1:]
+        prefetched, future = self._prefetched or ((), None)
+        windows = future.result() if future and prefetched == request else self._training_windows(*request)
+        self._prefetched = None
+        if self._file and prefetch_stride:
+            following = (seed, first + prefetch_stride, batch_size, block_size)
+            self._prefetched = following, self._reader.submit(self._training_windows, *following)
+        return self._ids_and_targets(windows)
 
-    def _starts(self, seed: int, first: int, batch_size: int, block_size: int) -> NDArray[np.int64]:
-        """Return the position of the first character of each window of a batch."""
+    def _training_windows(self, seed: int, first: int, batch_size: int, block_size: int) -> torch.Tensor:
+        """Return windows of the training stream, each of block_size + 1 tokens."""
         per_epoch = max(1, (len(self) - block_size) // block_size)
         epochs, indices = np.divmod(np.arange(first, first + batch_size, dtype=np.uint64), np.uint64(per_epoch))
         keys = splitmix64(splitmix64(epochs) ^ np.uint64(seed))
         offsets = splitmix64(keys) % np.uint64(len(self) - per_epoch * block_size)
         starts = offsets + permute(indices, per_epoch, keys) * np.uint64(block_size)
-        return starts.astype(np.int64)
+        return self._windows(starts.astype(np.int64), block_size + 1)
 
-    def _gather(self, starts: NDArray[np.int64], length: int) -> torch.Tensor:
-        """Return windows of ``length`` characters: int64, shape (len(starts), length), on the device."""
-        import torch
-
-        if self._file:
-            return self._to_device(self._read(self._file, starts, length))
-        indices = torch.from_numpy(starts)
-        if self.tokens.is_cuda:
-            indices = indices.pin_memory().to(self.tokens.device, non_blocking=True)
-        return self._to_device(self.tokens.unfold(0, length, 1)[indices])
-
-    def _read_batch(self, file: FileIO, seed: int, first: int, batch_size: int, block_size: int) -> torch.Tensor:
-        return self._read(file, self._starts(seed, first, batch_size, block_size), block_size + 1)
-
-    def _read(self, file: FileIO, starts: NDArray[np.int64], length: int) -> torch.Tensor:
-        """Read windows from the file: shape (len(starts), length), in the tokens' dtype, on the CPU."""
-        import torch
-
+    def _windows(self, starts: NDArray[np.int64], length: int) -> torch.Tensor:
+        """Return windows, shape (len(starts), length), in the tokens' dtype; on the CPU if read from the file."""
+        if not self._file:
+            indices = torch.from_numpy(starts)
+            if self.tokens.is_cuda:
+                indices = indices.pin_memory().to(self.tokens.device, non_blocking=True)
+            return self.tokens.unfold(0, length, 1)[indices]
         windows = torch.empty(len(starts), length, dtype=self.tokens.dtype, pin_memory=self.device.type == "cuda")
         size = self.tokens.element_size()
         for row, start in zip(windows.numpy(), starts.tolist(), strict=True):
-            if os.preadv(file.fileno(), [row], self._header + start * size) != length * size:
-                raise UserError(f"{file.name}: became shorter; create it again with `dvc repro --force prepare`")
+            if os.preadv(self._file.fileno(), [row], self._header + start * size) != length * size:
+                raise UserError(f"{self._file.name}: became shorter; create it again with `dvc repro --force prepare`")
         return windows
 
-    def _to_device(self, windows: torch.Tensor) -> torch.Tensor:
-        return windows.to(self.device, non_blocking=True).long()
+    def _ids_and_targets(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        windows = windows.to(self.device, non_blocking=True).long()
+        return windows[:, :-1], windows[:, 1:]
 
     def eval_batches(
         self, block_size: int, stride: int, max_chars: int | None = None, shard: tuple[int, int] = (0, 1)
     ) -> Iterator[EvalBatch]:
-        """Yield windows that score each of the n - 1 targets of a split of n characters once.
+        """Yield windows of ``block_size`` ids that score each of the n - 1 targets of a split of n characters once.
 
-        A window starts every ``stride`` characters. Only the targets that no earlier window covers are scored, so each
-        has the longest context that the stride allows.
-
-        Args:
-            block_size: characters T per window.
-            stride: characters between the starts of two windows, at most T.
-            max_chars: score only about this number of targets, in evenly spaced windows.
-            shard: (i, n) yields every n-th window, starting with window i, for n processes.
+        A window starts every ``stride`` <= block_size characters. Only the targets that no earlier window covers are
+        scored, so each has the longest context that the stride allows. With ``max_chars``, about that many targets are
+        scored, in evenly spaced windows. For n processes, shard (i, n) yields every n-th window from window i.
         """
         targets = len(self) - 1
         count = 1 + max(0, -(-(targets - block_size) // stride))
@@ -205,19 +171,13 @@ class Split:
         for begin, end in pairwise([0, first, *range(first + size, full, size), full, len(chosen)]):
             if begin < end:
                 starts = np.asarray(chosen[begin:end], dtype=np.int64) * stride
-                windows = self._gather(starts, min(block_size, targets - int(starts[-1])) + 1)
-                yield EvalBatch(windows[:, :-1], windows[:, 1:], 0 if starts[0] == 0 else block_size - stride)
+                windows = self._windows(starts, min(block_size, targets - int(starts[-1])) + 1)
+                yield EvalBatch(*self._ids_and_targets(windows), 0 if starts[0] == 0 else block_size - stride)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Corpus written by the prepare stage.
-
-    Attributes:
-        train, val: the splits.
-        tokenizer: their vocabulary.
-        digest: the hash of both splits and the vocabulary, from :func:`minigpt.data.encode.digest`.
-    """
+    """Corpus written by the prepare stage; ``digest`` is the hash of both splits and the vocabulary."""
 
     train: Split
     val: Split
@@ -234,8 +194,6 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     Raises:
         UserError: a file is missing or damaged.
     """
-    import torch
-
     device = torch.device(device)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     path, splits = folder / "digest.json", []

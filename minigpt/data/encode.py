@@ -3,26 +3,26 @@
 1. Cut the text into pieces that can be read independently (:mod:`minigpt.data.text`).
 2. Scan: collect the distinct code points of each piece and count its characters. This gives the vocabulary and the
    position of each piece in the token files.
-3. Write: encode each piece at its position, so the files do not depend on the number of processes. The last characters
-   of the text are the validation split.
+3. Write: encode each piece at its position, so the files do not depend on the number of processes.
 4. Hash the token files and the vocabulary, to detect damage and to identify the data of a run.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from minigpt.data.text import CHUNK_BYTES, Span, changed_error, find_text_files, read_piece, split_into_pieces
 from minigpt.data.tokenizer import CODE_POINTS, Tokenizer
@@ -45,14 +45,11 @@ Map = Callable[..., Iterable[Any]]
 def encode_corpus(
     source: Path, val_fraction: float, folder: Path, normalize: str = "none", workers: int | None = None
 ) -> tuple[Tokenizer, int, int]:
-    """Encode a text and write train.npy, val.npy, tokenizer.json and digest.json to ``folder``.
+    """Encode a text and write train.npy, val.npy, tokenizer.json and digest.json to an existing ``folder``.
 
-    Args:
-        source: a text file, or a folder of .txt files.
-        val_fraction: fraction of the characters, at the end of the text, for the validation split.
-        folder: an existing folder for the output.
-        normalize: the Unicode normal form of the encoded text, ``NFC`` or ``none``.
-        workers: number of processes. Default: one for a short text, else one per core available to this process.
+    The text is the file ``source``, or the .txt files of that folder, in the normal form ``normalize`` (NFC or none).
+    The validation split is the last ``val_fraction`` of its characters. By default, ``workers`` is 1 for a short text,
+    else the number of cores available to this process.
 
     Returns:
         the tokenizer, and the numbers of characters of the training and the validation split.
@@ -66,8 +63,14 @@ def encode_corpus(
     pieces = list(split_into_pieces(paths, normalize))
     if workers is None:
         workers = len(available_cores()) if size >= MIN_PARALLEL_BYTES else 1
-    with worker_pool(min(workers, len(pieces)), source) as run, progress_bar(2 * size) as advance:
-        seen, counts = _scan_pieces(pieces, normalize, run, advance)
+    # The text is read twice. Without a terminal, and during the first second, no bar is shown.
+    bar = tqdm(total=2 * size, unit="B", unit_scale=True, delay=1, disable=None)
+    with worker_pool(min(workers, len(pieces)), source) as run, bar:
+        seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
+        for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
+            seen[points] = True
+            counts.append(count)
+            bar.update(sum(map(len, piece)))
         total = sum(counts)
         if not total:
             raise UserError(f"{source}: empty; there is nothing to train on")
@@ -80,7 +83,7 @@ def encode_corpus(
             np.lib.format.open_memmap(folder / name, "w+", tokenizer.dtype, (length,))  # a sparse file of zeros
         starts = [0, *accumulate(counts)][:-1]
         for piece, _ in zip(pieces, run(partial(_write, folder, source), pieces, starts, counts), strict=True):
-            advance(piece)
+            bar.update(sum(map(len, piece)))
         for path, stat in zip(paths, before, strict=True):
             now = path.stat()
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
@@ -88,18 +91,6 @@ def encode_corpus(
         sizes = {name: (folder / name).stat().st_size for name in SPLITS}
         write_json(folder / "digest.json", {"sha256": digest(folder, tokenizer, sizes, run), "bytes": sizes})
     return tokenizer, n_train, total - n_train
-
-
-def _scan_pieces(
-    pieces: list[list[Span]], normalize: str, run: Map, advance: Callable[[list[Span]], object]
-) -> tuple[NDArray[np.bool_], list[int]]:
-    """Return a mask of the code points in the text, shape (CODE_POINTS,), and the number of characters per piece."""
-    seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
-    for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
-        seen[points] = True
-        counts.append(count)
-        advance(piece)
-    return seen, counts
 
 
 def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:
@@ -117,11 +108,7 @@ def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:
 
 
 def _write(folder: Path, source: Path, piece: list[Span], start: int, count: int) -> None:
-    """Write the ids of a piece with ``count`` characters that starts at character ``start`` of the text.
-
-    Raises:
-        UserError: the piece no longer has ``count`` characters.
-    """
+    """Write the ids of a piece with ``count`` characters that starts at character ``start`` of the text."""
     tokenizer, position = Tokenizer.load(folder / "tokenizer.json"), start
     with (folder / SPLITS[0]).open("r+b", buffering=0) as train, (folder / SPLITS[1]).open("r+b", buffering=0) as val:
         np.lib.format.read_magic(train), np.lib.format.read_magic(val)
@@ -140,10 +127,7 @@ def _write(folder: Path, source: Path, piece: list[Span], start: int, count: int
 
 
 def digest(folder: Path, tokenizer: Tokenizer, sizes: dict[str, int], run: Map = map) -> str:
-    """Return the hexadecimal SHA-256 of the vocabulary and the SHA-256 of each block of the token files.
-
-    ``sizes`` gives the files in ``folder``, in the order in which they are hashed, and their sizes in bytes.
-    """
+    """Return the hexadecimal SHA-256 of the vocabulary and of each block's SHA-256, for files of ``sizes`` bytes."""
     result = hashlib.sha256(tokenizer.characters.encode("utf-32-le", "surrogatepass"))
     for name, size in sizes.items():
         for block in run(partial(_hash_block, folder / name), range(0, size, HASH_BLOCK_BYTES)):
@@ -164,17 +148,11 @@ def _hash_block(path: Path, begin: int) -> bytes:
 def worker_pool(count: int, source: Path) -> Iterator[Map]:
     """Yield a ``map`` that runs in ``count`` processes and keeps the order, or the built-in one if ``count`` is 1.
 
-    The processes end with the block, and also with this process if it is killed.
-
-    Raises:
-        UserError: one of them was killed.
+    The processes end with the block, and also with this process if it is killed. If one is killed, that is a UserError.
     """
     if count <= 1:
         yield map
         return
-    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-    from multiprocessing import get_context
-
     pool = ProcessPoolExecutor(count, get_context("spawn"), _start_worker)
 
     def run(function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterable[Any]:
@@ -201,8 +179,6 @@ def worker_pool(count: int, source: Path) -> Iterator[Map]:
 
 def _start_worker() -> None:
     """Ignore Ctrl-C, and exit when the parent process has ended, even if it was killed."""
-    from multiprocessing import parent_process
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
@@ -211,15 +187,3 @@ def _start_worker() -> None:
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()
-
-
-@contextmanager
-def progress_bar(size: int) -> Iterator[Callable[[list[Span]], object]]:
-    """Yield a function that adds a piece to a progress bar. The bar appears in a terminal if the text is long."""
-    if size < 2 * MIN_PARALLEL_BYTES:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=size, unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        yield lambda piece: bar.update(sum(span.end - span.begin for span in piece))

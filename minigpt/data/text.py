@@ -5,8 +5,6 @@ A text is cut twice. A *piece* is about 32 MB, from one file or several, and is 
 gives the same characters as decoding and normalizing the whole text.
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 import unicodedata
@@ -29,13 +27,9 @@ PIECE_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class Span:
-    """A byte range of a text file between two safe cuts.
+    """The bytes [begin, end) of a text file, not empty, between two safe cuts.
 
-    Attributes:
-        path: the file.
-        begin, end: the range [begin, end) in bytes, not empty.
-        joined: whether to insert a newline before it, because it starts a file and the previous file does not end in
-            a newline.
+    If ``joined``, a newline is inserted before it: it starts a file, and the previous file does not end in a newline.
     """
 
     path: str
@@ -43,21 +37,17 @@ class Span:
     end: int
     joined: bool = False
 
+    def __len__(self) -> int:
+        return self.end - self.begin
+
 
 def find_text_files(source: Path) -> list[Path]:
-    """Return the file ``source``, or every .txt file in the folder ``source`` and its subfolders, sorted by path.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*.txt") if path.is_file())
-        if not files:
-            raise UserError(f"{source}: no .txt file in this folder (data.source in params.yaml)")
-        return files
-    if not source.is_file():
-        raise UserError(f"{source}: no such file or folder (data.source in params.yaml)")
-    return [source]
+    """Return the file ``source``, or the .txt files in the folder ``source`` and its subfolders, sorted by path."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*.txt") if path.is_file())
+    if not files:
+        problem = "no .txt file in this folder" if source.is_dir() else "no such file or folder"
+        raise UserError(f"{source}: {problem} (data.source in params.yaml)")
+    return files
 
 
 def last_safe_cut(data: bytes, normalize: str) -> int:
@@ -86,7 +76,7 @@ def split_into_pieces(paths: list[Path], normalize: str) -> Iterator[list[Span]]
             while begin < size:
                 end = _find_cut(file, begin, begin + remaining, size, normalize)
                 piece.append(Span(str(path), begin, end, joined=not begin and not newline))
-                remaining -= end - begin
+                remaining -= len(piece[-1])
                 begin = end
                 if remaining <= CHUNK_BYTES:
                     yield piece
@@ -112,11 +102,7 @@ def _read_range(file: BinaryIO, begin: int, end: int) -> bytes:
 
 
 def read_piece(piece: list[Span], normalize: str = "none") -> Iterator[NDArray[Any]]:
-    """Yield the code points of a piece, chunk by chunk: without byte order marks, with LF line ends, normalized.
-
-    Raises:
-        UserError: a file is not UTF-8 text (the message gives the byte offset), or it became shorter.
-    """
+    """Yield the code points of a piece, chunk by chunk: without byte order marks, with LF line ends, normalized."""
     for span in piece:
         if span.joined:
             yield code_points("\n")

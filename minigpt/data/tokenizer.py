@@ -37,6 +37,9 @@ class Tokenizer:
     def __init__(self, characters: str, normalize: str = "none") -> None:
         self.characters = characters
         self.normalize = normalize
+        self.vocab_size = size = len(characters)
+        # The smallest type that holds every id. torch has all three.
+        self.dtype = np.dtype(np.uint8 if size <= 1 << 8 else np.int16 if size <= 1 << 15 else np.int32)
         self._code_points = code_points(characters).astype("<u4")
         self._ids = np.zeros(int(self._code_points.max()) + 1, self.dtype)
         self._ids[self._code_points] = np.arange(self.vocab_size)
@@ -46,17 +49,6 @@ class Tokenizer:
         """Create the tokenizer whose vocabulary is the code points marked in ``seen``, shape (CODE_POINTS,)."""
         points = np.flatnonzero(seen).astype("<u4")
         return cls(points.tobytes().decode("utf-32-le", "surrogatepass"), normalize)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of characters in the vocabulary."""
-        return len(self.characters)
-
-    @property
-    def dtype(self) -> Any:
-        """Smallest of uint8, int16 and int32 that holds every id. torch has all of them."""
-        sizes = {1 << 8: np.uint8, 1 << 15: np.int16}
-        return np.dtype(next((kind for size, kind in sizes.items() if self.vocab_size <= size), np.int32))
 
     def encode_known(self, points: NDArray[Any]) -> NDArray[Any]:
         """Return the ids, in ``dtype``, of code points that must all be in the vocabulary. This is not checked."""
@@ -83,15 +75,13 @@ class Tokenizer:
         points = code_points(text)
         unknown = np.flatnonzero(~np.isin(points, self._code_points))
         if unknown.size:
-            index = int(unknown[0])
-            raise UserError(
-                f"{name}: character {index + 1}, {describe_character(text[index])}, does not occur in the training text"
-            )
+            character = f"character {unknown[0] + 1}, {describe_character(text[unknown[0]])}"
+            raise UserError(f"{name}: {character}, does not occur in the training text")
         return self.encode_known(points)
 
     def decode(self, ids: Iterable[int] | NDArray[Any]) -> str:
         """Return the text of ``ids``, each in [0, vocab_size)."""
-        array = np.fromiter(ids, dtype=np.int64) if not isinstance(ids, np.ndarray) else ids
+        array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
         return self._code_points[array].tobytes().decode("utf-32-le", "surrogatepass")
 
     def save(self, path: Path) -> None:
@@ -100,11 +90,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a vocabulary written by :meth:`save`.
-
-        Raises:
-            UserError: the file is missing or is not a vocabulary.
-        """
+        """Read a vocabulary written by :meth:`save`. Raise a UserError if the file is missing or damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             characters, normalize = content["characters"], content["normalize"]
