@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read a vocabulary written by :meth:`save`. Raise a UserError if the file is missing or damaged."""
+        """Read a vocabulary written by :meth:`save`. Raise a UserError if the file is missing or not a vocabulary."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             characters, normalize = content["characters"], content["normalize"]

@@ -1,8 +1,5 @@
 """Breakdown of a loss by position and by character, the confused characters, and the calibration."""
 
-from __future__ import annotations
-
-import functools
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -25,41 +22,25 @@ MERGE_AT = 1 << 20
 
 Row = dict[str, Any]
 
-NAMES = {"\n": "newline", " ": "space", "\t": "tab"}
-
 
 class Breakdown:
-    """Tables over one pass of a split, accumulated on its device. Pass :meth:`add` to ``score`` as the callback.
-
-    Args:
-        block_size: context length T of the model.
-        tokenizer: tokenizer of the model, with V characters.
-        device: device of the split.
-    """
+    """Tables over one pass of a split, accumulated on its device. Pass :meth:`add` to ``score`` as the callback."""
 
     def __init__(self, block_size: int, tokenizer: Tokenizer, device: torch.device | str) -> None:
-        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
         self.tokenizer = tokenizer
-        self._positions = zeros(2, block_size)  # nats, characters
-        self._characters = zeros(2, tokenizer.vocab_size)  # nats, characters
-        self._bins = zeros(3, BINS)  # probabilities, correct predictions, characters
+        self._positions = torch.zeros(2, block_size, dtype=torch.float64, device=device)  # nats, characters
+        self._characters = torch.zeros(2, tokenizer.vocab_size, dtype=torch.float64, device=device)  # nats, characters
+        self._bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # probabilities, correct, characters
         # Pairs as target * V + prediction, with their counts: a (V, V) matrix would be too large for some scripts.
         self._pairs: list[Tensor] = []
         self._counts: list[Tensor] = []
 
     def add(self, batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
-        """Count the targets of ``batch`` that no earlier batch has scored.
-
-        Args:
-            batch: windows (B, T).
-            logits: logits of the next characters, (B, T, V).
-            nats: -ln p of the targets, (B, T).
-        """
+        """Count the targets that no earlier batch has scored, given the logits (B, T, V) and -ln p of each (B, T)."""
         start, stop = batch.already_scored, nats.size(1)
         nats, logits, targets = nats[:, start:], logits[:, start:], batch.targets[:, start:]
         self._positions[0, start:stop] += nats.double().sum(0)
         self._positions[1, start:stop] += nats.size(0)
-
         highest, predictions = logits.max(-1)
         target_logits = logits.gather(-1, targets[..., None])[..., 0]
         # The probability of the prediction, without a softmax: ln p = logit - logsumexp for each character.
@@ -103,18 +84,13 @@ class Breakdown:
 
     def characters(self) -> list[Row]:
         """Return the loss of each character that occurs, the most frequent first."""
-        nats, counts = self._characters.tolist()
-        order = sorted((index for index, count in enumerate(counts) if count), key=lambda index: -counts[index])
-        return [
-            {
-                "character": label(self.tokenizer.characters[index]),
-                "code_point": f"U+{ord(self.tokenizer.characters[index]):04X}",
-                "count": int(counts[index]),
-                "loss": nats[index] / counts[index],
-                "share": nats[index] / sum(nats),
-            }
-            for index in order
-        ]
+        all_nats, counts = self._characters.tolist()
+        total, rows = sum(all_nats), []
+        for character, nats, count in zip(self.tokenizer.characters, all_nats, counts, strict=True):
+            if count:
+                names = {"character": label(character), "code_point": f"U+{ord(character):04X}"}
+                rows.append({**names, "count": int(count), "loss": nats / count, "share": nats / total})
+        return sorted(rows, key=lambda row: -row["count"])
 
     def confusions(self) -> list[Row]:
         """Return the most frequent pairs of a target and another character that the model preferred to it."""
@@ -124,8 +100,7 @@ class Breakdown:
         wrong = pairs // V != pairs % V
         pairs, counts = pairs[wrong], counts[wrong]
         order = torch.argsort(counts, descending=True, stable=True)[:MAX_PAIRS]
-        totals = self._characters[1].tolist()
-        rows = []
+        totals, rows = self._characters[1].tolist(), []
         for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
             target, guess = (label(self.tokenizer.characters[index]) for index in divmod(pair, V))
             names = {"pair": f"{target} as {guess}", "target": target, "guess": guess}
@@ -153,8 +128,8 @@ class Breakdown:
 
 def label(character: str) -> str:
     """Return a visible form: the character, a name or code point if it is blank, a dotted circle below a mark."""
-    if character in NAMES:
-        return NAMES[character]
+    if name := {"\n": "newline", " ": "space", "\t": "tab"}.get(character):
+        return name
     category = unicodedata.category(character)
     if category[0] in "CZ":
         return f"U+{ord(character):04X}"

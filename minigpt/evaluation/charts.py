@@ -27,12 +27,6 @@ ROOT = Path(__file__).parents[2]
 COLORS = ["#945dd6", "#f46837"]
 """Colors of the first and the second column, from DVC's palette."""
 
-HIGHLIGHT = {"condition": {"test": "datum.model === 'this model'", "value": COLORS[1]}, "value": COLORS[0]}
-"""Colors of a chart with one column: the bar of the model differs from those of the n-gram models."""
-
-LEGEND = {"train_loss": "training", "val_loss": "validation"}
-"""Names of columns in the legend, where they differ."""
-
 MAX_CHARACTERS = 200
 """Characters in a chart, the most frequent ones. Looking up whether a font has a character takes about 3 ms."""
 
@@ -41,29 +35,13 @@ VEGA_LITE = "5.21"
 
 
 def loss_chart(history: list[dict[str, float]], title: str, target: Path) -> None:
-    """Draw the training and validation loss over the steps, with the best step marked.
-
-    Args:
-        history: rows with ``step``, ``train_loss`` and ``val_loss`` in nats per character.
-        title: heading of the picture.
-        target: file to write; its suffix selects PNG or SVG.
-
-    Raises:
-        UserError: ``dvc.yaml`` or a template is missing.
-    """
+    """Draw the ``train_loss`` and the ``val_loss`` over the ``step``, with the best step marked."""
     (chart,) = _charts({"history": history}, "loss")
     render([[{**chart, "width": 560}]], title, target)
 
 
 def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: Path) -> None:
-    """Draw the tables of an evaluation: five charts in one picture.
-
-    Args:
-        breakdown: tables of the validation split.
-        compared: rows with ``model`` and ``loss``, for the model and for the n-gram models.
-        title: heading of the picture.
-        target: as in :func:`loss_chart`, which has the same errors.
-    """
+    """Draw five charts: the tables of an evaluation, and rows with a ``model`` and its ``loss`` to compare."""
     tables = {"baselines": compared, **breakdown.tables()}
     tables["characters"] = tables["characters"][:MAX_CHARACTERS]
     rows = [("baselines", "calibration", "positions"), ("characters", "confusions")]
@@ -107,19 +85,18 @@ def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> 
 
     ((file, columns),) = plot["y"].items()
     columns = [columns] if isinstance(columns, str) else columns
-    series = [LEGEND.get(column, column) for column in columns]
-    data = [
-        {key: _drawable(cell) for key, cell in row.items()}
-        | {"value": _drawable(row[column]), "field": column, "rev": name_in_legend}
-        for column, name_in_legend in zip(columns, series, strict=True)
-        for row in tables[Path(file).stem]
-    ]
-    by_series = {"field": "rev", "type": "nominal", "title": None, "scale": {"domain": series, "range": COLORS}}
+    legend = {column: {"train_loss": "training", "val_loss": "validation"}.get(column, column) for column in columns}
+    rows = [{key: _drawable(cell) for key, cell in row.items()} for row in tables[Path(file).stem]]
+    data = [row | {"value": row[column], "field": column, "rev": legend[column]} for column in columns for row in rows]
+    scale = {"domain": list(legend.values()), "range": COLORS}
+    by_column = {"field": "rev", "type": "nominal", "title": None, "scale": scale}
+    # With one column, the bar of the model differs from those of the n-gram models.
+    highlight = {"condition": {"test": "datum.model === 'this model'", "value": COLORS[1]}, "value": COLORS[0]}
     anchors = plot | {
         "data": data,
         "x": plot["x"] if isinstance(plot["x"], str) else plot["x"][file],
         "y": "value",
-        "color": by_series if len(columns) > 1 else HIGHLIGHT,
+        "color": by_column if len(columns) > 1 else highlight,
         "plot_width": 300,
         "plot_height": 300,
         "zoom_and_pan": {"name": f"unused_{name}", "value": 0},  # a picture cannot zoom; names must be unique

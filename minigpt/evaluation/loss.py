@@ -1,7 +1,5 @@
 """Exact loss of a split: the sum of nats over every character, divided once by their number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +15,10 @@ from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the scored characters, from which the loss and its errors follow.
+    """Sums from which the loss and its errors follow.
 
-    Attributes:
-        nats: sum of -ln p over the scored characters.
-        count: number of scored characters.
-        total: number of characters that the split has to score.
-        windows: number of windows that were scored.
-        squares: sum over the windows of (nats of the window - loss * characters of the window)^2.
+    ``nats`` is the sum of -ln p over the ``count`` scored characters, which are in ``windows`` windows. The split has
+    ``total`` characters to score. ``squares`` is the sum over the windows of (nats - loss * characters)^2.
     """
 
     nats: float
@@ -83,15 +77,11 @@ def score(
     *,
     callback: Callable[[EvalBatch, Tensor, Tensor], None] | None = None,
 ) -> Score:
-    """Score every target of ``split`` once, without dropout.
+    """Score every target of ``split`` once, without dropout. ``max_chars`` limits the score to evenly spaced windows.
 
-    Args:
-        model: on the device of the split. Its training or evaluation mode is restored afterwards.
-        split: the tokens to score.
-        stride: characters between the starts of two windows of block_size; None for no overlap.
-        max_chars: score about this many characters, evenly spaced, if the split has more.
-        group: processes that share the work. Each returns the same result.
-        callback: called for each batch of this process with the windows, the logits (B, T, V) and the nats (B, T).
+    Windows of block_size start every ``stride`` characters; None: they do not overlap. The processes of ``group`` share
+    the work, and each returns the same result. ``callback`` is called for each batch of this process with the windows,
+    the logits (B, T, V) and the nats (B, T). The mode of the model, training or evaluation, is restored afterwards.
     """
     training = model.training
     model.eval()

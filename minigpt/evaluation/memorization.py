@@ -1,7 +1,5 @@
 """Search for text that a model copied word for word from its training text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +25,8 @@ Ids = NDArray[Any]
 class Copied:
     """Substrings of one text that occur in the training text.
 
-    Attributes:
-        start, length: the longest such substring, the first one of several.
-        grams: number of substrings of 8 characters that occur there.
-        total: number of substrings of 8 characters in the text.
+    The longest one is given by ``start`` and ``length``; it is the first one of several. Of the ``total`` substrings of
+    8 characters in the text, ``grams`` occur in the training text.
     """
 
     start: int
@@ -40,12 +36,9 @@ class Copied:
 
 
 def find_copied(texts: list[Ids], train: Ids) -> list[Copied]:
-    """Find the substrings of each text that occur in the training text.
+    """Find the substrings of each of at least one text that occur in the training text, which may be a memory map.
 
-    Args:
-        texts: at least one text, as ids of shape (m,).
-        train: ids of the training text, shape (n,). A memory map may be larger than the memory. If it is longer than
-            MAX_SEARCHED, only a sample is searched, and the results are lower bounds.
+    If the training text is longer than MAX_SEARCHED, only a sample is searched, and the results are lower bounds.
     """
     ends = np.cumsum([len(text) + 1 for text in texts])
     joined = np.concatenate([part for text in texts for part in (text, [-1])]).astype(np.int64)  # -1 separates texts
@@ -59,8 +52,7 @@ def find_copied(texts: list[Ids], train: Ids) -> list[Copied]:
         chunk = _rank(np.asarray(train[begin : begin + step + longest]), alphabet)
         np.maximum(lengths, _match_lengths(written, chunk, len(alphabet)), out=lengths)
     found = []
-    for text, end in zip(texts, ends, strict=True):
-        own = lengths[end - len(text) - 1 : end]
+    for text, own in zip(texts, np.split(lengths, ends[:-1]), strict=True):
         total = max(0, len(text) - GRAM + 1)
         found.append(Copied(int(own.argmax()), int(own.max()), int((own >= GRAM).sum()), total))
     return found
@@ -69,9 +61,7 @@ def find_copied(texts: list[Ids], train: Ids) -> list[Copied]:
 def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Compare the text that a model copied with the text that the validation split shares with the training split.
 
-    Args:
-        written: pairs of a prompt and a text that begins with it. The prompt is not searched for.
-        corpus: the corpus that the model was trained on.
+    ``written`` has pairs of a prompt and a text that begins with it. The prompt is not searched for.
 
     Returns:
         one row per text, with the longest copied substring, and a summary of the texts (``memorised``) and of equally
@@ -87,8 +77,7 @@ def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[s
             "prompt": prompt,
             "text": number,
             "characters": len(text),
-            "longest_run": copied.length,
-            "share_of_8_grams": copied.grams / max(1, copied.total),
+            **_summary([copied]),
             "run": text[copied.start : copied.start + copied.length],
         }
         for number, ((prompt, _), text, copied) in enumerate(zip(written, texts, found, strict=False), 1)
@@ -113,20 +102,17 @@ def _match_lengths(text: Ids, train: Ids, n_characters: int) -> Ids:
     starts, train_starts = np.flatnonzero(text >= 0), np.flatnonzero(train >= 0)
     labels, train_labels = np.zeros(len(starts), np.int64), np.zeros(len(train_starts), np.int64)
     length = 0
-    while True:
+    while len(starts):
         starts, labels = _extend(text, starts, labels, length, n_characters)
         train_starts, train_labels = _extend(train, train_starts, train_labels, length, n_characters)
-        distinct = np.unique(labels)
+        distinct, labels = np.unique(labels, return_inverse=True)
         train_labels = _rank(train_labels, distinct)
         train_starts, train_labels = train_starts[train_labels >= 0], train_labels[train_labels >= 0]
-        shared = np.zeros(len(distinct), dtype=np.bool_)
-        shared[train_labels] = True
-        labels = _rank(labels, distinct)
+        shared = np.bincount(train_labels, minlength=len(distinct)) > 0
         starts, labels = starts[shared[labels]], labels[shared[labels]]
-        if not len(starts):
-            return lengths
         length += 1
         lengths[starts] = length
+    return lengths
 
 
 def _extend(text: Ids, starts: Ids, labels: Ids, length: int, n_characters: int) -> tuple[Ids, Ids]:

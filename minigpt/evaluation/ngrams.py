@@ -1,9 +1,6 @@
 """Losses to compare a model with: uniform guessing, and n-gram models with Kneser-Ney smoothing."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,36 +22,25 @@ Ids = NDArray[Any]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class Discounted:
-    """Discounted counts of the n-grams of one order.
+    """Discounted counts of the n-grams of one order, given the label of the context and the count of each.
 
-    Attributes:
-        frequencies: for each n-gram, its discounted count divided by the count of its context.
-        backoff: for each context, the probability that the discounts leave to the next shorter context; 1 for a
-            context that no character follows.
+    An n-gram's entry of ``frequencies`` is its discounted count divided by the count of its context. A context's entry
+    of ``backoff`` is the probability that the discounts leave to the next shorter context; 1 if no character follows.
     """
 
-    frequencies: Floats
-    backoff: Floats
-
-    @classmethod
-    def from_counts(cls, contexts: Ids, counts: Ids, n_contexts: int) -> Discounted:
-        """Discount n-grams, given the label of the context and the count of each."""
+    def __init__(self, contexts: Ids, counts: Ids, n_contexts: int) -> None:
         discount = discounts(counts)[np.minimum(counts, 3)]
         totals = np.bincount(contexts, counts, n_contexts)
         left = np.bincount(contexts, discount, n_contexts)
-        backoff = np.divide(left, totals, out=np.ones(n_contexts), where=totals > 0)
-        return cls((counts - discount) / totals[contexts], backoff)
+        self.frequencies = (counts - discount) / totals[contexts]
+        self.backoff = np.divide(left, totals, out=np.ones(n_contexts), where=totals > 0)
 
     def interpolate(self, labels: Ids, known: NDArray[np.bool_], contexts: Ids, lower: Floats) -> Floats:
-        """Return the probabilities of n-grams, interpolated with those of the next shorter n-grams.
+        """Return the probabilities of n-grams, interpolated with those of the next shorter n-grams, ``lower``.
 
-        Args:
-            labels: labels of the n-grams.
-            known: whether each n-gram was counted; the labels of the others are ignored.
-            contexts: labels of their contexts; -1 for a context that was never seen.
-            lower: probabilities of their last characters under the next shorter context.
+        The labels of n-grams that are not ``known``, because they were not counted, are ignored. The label of a context
+        that was never seen is -1.
         """
         backoff = np.where(contexts < 0, 1, self.backoff[contexts])
         return np.where(known, self.frequencies[labels], 0) + backoff * lower
@@ -69,12 +55,12 @@ def discounts(counts: Ids) -> Floats:
     """
     n1, n2, n3, n4 = (np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 0.5).tolist()
     share = n1 / (n1 + 2 * n2)
-    estimates = [0.0, 1 - 2 * share * n2 / n1, 2 - 3 * share * n3 / n2, 3 - 4 * share * n4 / n3]
-    return np.array([0.0, *np.clip(estimates[1:], 0.05, [0.95, 1.9, 2.85])])
+    estimates = [1 - 2 * share * n2 / n1, 2 - 3 * share * n3 / n2, 3 - 4 * share * n4 / n3]
+    return np.array([0.0, *np.clip(estimates, 0.05, [0.95, 1.9, 2.85])])
 
 
 class NGrams:
-    """Interpolated n-gram models of every order from 1 to ``order``, counted in one pass.
+    """Interpolated n-gram models of every order from 1 to ORDER, counted in one pass.
 
     The smoothing is that of Kneser and Ney (1995), interpolated, with three discounts (Chen and Goodman 1999). The
     longest n-grams of a model have their counts. The shorter ones that it falls back to have the number of distinct
@@ -83,16 +69,11 @@ class NGrams:
 
     The label of an n-gram is its rank among the n-grams of its length. It is found by the label of the context and
     the last character, so that a key fits in 64 bits with any vocabulary.
-
-    Args:
-        tokens: ids of the text to count, shape (n,).
-        vocab_size: number of characters V.
-        order: length of the longest n-grams.
     """
 
-    def __init__(self, tokens: Ids, vocab_size: int, order: int = ORDER) -> None:
+    def __init__(self, tokens: Ids, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.order = min(order, len(tokens))
+        self.order = min(ORDER, len(tokens))
         self.grams: list[Ids] = []
         self.raw: list[Discounted] = []
         self.distinct: list[Discounted] = []
@@ -104,9 +85,9 @@ class NGrams:
                 before = np.bincount(contexts[first + 1], minlength=n_contexts)
                 before[contexts[:1]] += 1  # the start of the text counts as a character, too
                 shorter = self.grams[-1] // vocab_size
-                self.distinct.append(Discounted.from_counts(shorter, before, len(self.raw[-1].backoff)))
+                self.distinct.append(Discounted(shorter, before, len(self.raw[-1].backoff)))
             self.grams.append(grams)
-            self.raw.append(Discounted.from_counts(grams // vocab_size, counts, n_contexts))
+            self.raw.append(Discounted(grams // vocab_size, counts, n_contexts))
             contexts, n_contexts = labels, len(grams)
 
     def nats(self, tokens: Ids) -> Floats:
@@ -131,13 +112,8 @@ class NGrams:
 def ngram_losses(train: Ids, val: Ids, vocab_size: int) -> dict[str, float]:
     """Return the nats per character of ``val``, each target scored once, under n-gram models of ``train``.
 
-    Args:
-        train: ids of the training split. The last MAX_TRAIN_CHARS are counted.
-        val: ids of the validation split. If it is longer than MAX_VAL_CHARS, a sample is scored.
-        vocab_size: number of characters V.
-
-    Returns:
-        ``uniform`` (ln V), ``unigram``, and ``2-gram`` to ``6-gram``, or fewer if the training split is shorter.
+    The models are ``uniform`` (ln V), ``unigram``, and ``2-gram`` to ``6-gram``, or fewer if ``train`` is shorter. The
+    last MAX_TRAIN_CHARS of ``train`` are counted. If ``val`` is longer than MAX_VAL_CHARS, a sample is scored.
     """
     model = NGrams(np.asarray(train[-MAX_TRAIN_CHARS:]), vocab_size)
     totals, targets = np.zeros(model.order), 0

@@ -4,11 +4,10 @@ DVC's default page loads its scripts from a CDN. ``minigpt plots-page`` writes a
 package vl-convert-python, and sets it as DVC's template in ``.dvc/config.local``. Git ignores both files.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from minigpt.errors import UserError
+from minigpt.evaluation.charts import VEGA_LITE
 
 PAGE = Path(".dvc/plots/page.html")
 
@@ -30,19 +29,13 @@ HTML = """<!DOCTYPE html>
 
 
 def write_page() -> None:
-    """Write the page and set it as the template of the DVC repository in the working directory.
-
-    Raises:
-        UserError: the working directory is not the root of a DVC repository.
-    """
+    """Write the page and set it as the template of the DVC repository in the working directory."""
     import vl_convert
     from dvc.config import Config
 
     if not Path(".dvc").is_dir():
         raise UserError(".dvc: no such folder; run this from the root of the repository")
-    # DVC's templates are written for Vega-Lite 5.
-    version = next(one for one in reversed(vl_convert.get_vegalite_versions()) if one.startswith("5."))
-    scripts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    scripts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
     temporary = PAGE.with_suffix(".tmp")
     temporary.parent.mkdir(exist_ok=True)
     temporary.write_text(HTML % scripts, encoding="utf-8")
