@@ -54,6 +54,11 @@ class ChoiceType(click.Choice):  # type: ignore[type-arg]
         return value
 
 
+def option_name(key: str) -> str:
+    """Return the option for the dotted key of a value: ``--top-k`` for ``top_k``, ``--stop`` for ``stop.0``."""
+    return f"--{key.partition('.')[0].replace('_', '-')}"
+
+
 def write_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for each field of :class:`WriteParams` with a description to a click command."""
     for name, field in reversed(WriteParams.model_fields.items()):
@@ -131,11 +136,6 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
     pieces = (piece for (piece,) in generator.stream(prompt, sampling))
     show(graphemes(itertools.chain([prompt], pieces)))
-
-
-def option_name(key: str) -> str:
-    """Return the option for the dotted key of a value: ``--top-k`` for ``top_k``, ``--stop`` for ``stop.0``."""
-    return f"--{key.partition('.')[0].replace('_', '-')}"
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:

@@ -137,9 +137,9 @@ def unbind_threads() -> None:
 def retain_memory() -> None:
     """Keep freed memory in this process, in huge pages if available, instead of returning it to the system.
 
-    A training step allocates memory that the previous step freed. By default glibc returns large blocks, and the system clears
-    every page again on the next access, which takes up to a third of a step. This reserves addresses for half of the
-    machine's memory; a page takes up memory only after its first use.
+    A training step allocates memory that the previous step freed. By default glibc returns large blocks, and the
+    system clears every page again on the next access, which takes up to a third of a step. This reserves addresses for
+    half of the machine's memory; a page takes up memory only after its first use.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):  # a C library other than glibc
         return
