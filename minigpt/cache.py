@@ -47,17 +47,9 @@ class LayerCache:
 class KVCache:
     """Keys and values of the last characters of B sequences of equal length, in order.
 
-    Args:
-        config: architecture of the model.
-        batch_size: sequences B.
-        slots: characters that fit. When more are read, those that no later one attends to are dropped.
-        dtype: of keys and values.
-        device: where they are stored.
-
-    Attributes:
-        length: characters read since the last :meth:`clear`.
-        layers: one :class:`LayerCache` for each block.
-        embeddings: of the last characters, for the convolution over the embeddings, (B, embd_conv - 1, C).
+    When more than ``slots`` characters are read, those that no later one attends to are dropped. ``length`` counts the
+    characters since the last :meth:`clear`; ``embeddings`` are those of the last characters, which the convolution over
+    the embeddings reads again, (B, embd_conv - 1, C).
     """
 
     def __init__(
@@ -109,7 +101,7 @@ class KVCache:
         return joined
 
     def _drop(self, count: int) -> None:
-        """Drop the first ``count`` characters to make room."""
+        """Drop the first ``count`` characters."""
         kept = self.used - count
         self.kv[..., :kept, :] = self.kv[..., count : self.used, :].clone()
         self.used = kept

@@ -170,7 +170,7 @@ def _local_mask(window: int, length: int, like: Tensor) -> Tensor:
     query = torch.arange(window, 2 * window, device=like.device)[:, None]
     key = torch.arange(2 * window, device=like.device)
     hidden = (key > query) | (key <= query - window)
-    first = hidden | (key < window)  # there is no chunk before the first
+    first = hidden | (key < window)  # nothing precedes the first chunk
     chunks = torch.stack([first] + [hidden] * (-(-length // window) - 1))
     return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf)
 

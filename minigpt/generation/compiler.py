@@ -19,7 +19,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 
 class NotCompiledError(Exception):
-    """There is no compiled decoder for this processor, or it does not implement the model."""
+    """The compiled decoder is missing, or does not implement the model."""
 
 
 def library_path() -> Path:
@@ -47,11 +47,8 @@ def find_compiler() -> str:
 def build_library(wait: bool = True) -> Path:
     """Compile native.cpp unless that was done before, in about ten seconds, and return the compiled file.
 
-    Args:
-        wait: for another process that compiles it now.
-
     Raises:
-        NotCompiledError: it cannot be compiled, or another process is at it.
+        NotCompiledError: it cannot be compiled, or another process is compiling it, unless ``wait``.
     """
     path = library_path()
     if path.exists():

@@ -25,15 +25,11 @@ from minigpt.quantize import WeightDtype, choose_weight_dtype, quantize
 class Generator:
     """A trained model that writes text.
 
+    The model is in evaluation mode, on the device to use. ``compile`` and ``characters``, the number to write one after
+    the other, are those of :func:`minigpt.generation.native.compile_model`.
+
     Sample i of a seed is the same whatever is written in the same batch, as long as sums are rounded alike: always with
     a compiled decoder, nearly always with float32 weights, and not always with bfloat16 or int8 weights.
-
-    Args:
-        model: in evaluation mode, on the device to use.
-        tokenizer: its vocabulary.
-        dtype: of the weights of linear maps.
-        compile: use of the compiled decoder; see :func:`minigpt.generation.native.compile_model`.
-        characters: how many will be written one after the other, if known.
     """
 
     def __init__(
@@ -66,29 +62,16 @@ class Generator:
         compile: CompileMode = "auto",  # noqa: A002 - the name of the param
         characters: int = 0,
     ) -> Generator:
-        """Read the exported model in ``folder``, with weights for ``sample.dtype``.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
-        model, tokenizer = load_model(folder, device)
+        """Read the exported model in ``folder``, with weights for ``sample.dtype``, or raise a UserError."""
         weights = choose_weight_dtype(dtype, device)
-        return cls(model, tokenizer, weights, compile=compile, characters=characters)
+        return cls(*load_model(folder, device), weights, compile=compile, characters=characters)
 
     def generate(self, prompt: str, sampling: SamplingParams, samples: int = 1, name: str = "the prompt") -> list[str]:
-        """Continue a prompt.
-
-        Args:
-            prompt: at least one character, all in the vocabulary.
-            sampling: how many characters to add, and how they are chosen.
-            samples: number of continuations, computed together.
-            name: name of the prompt in error messages.
-
-        Returns:
-            the prompt with its continuation, for each sample.
+        """Return the prompt with its continuation, for each of ``samples`` that are computed together.
 
         Raises:
-            UserError: the prompt is empty or has an unknown character, or the model cannot do ``overflow``.
+            UserError: the prompt, which the message calls ``name``, is empty or has an unknown character, or the model
+                cannot do ``overflow``.
         """
         pieces = list(self.stream(prompt, sampling, samples, name))
         return [prompt + "".join(written) for written in zip(*pieces, strict=True)] or [prompt] * samples

@@ -10,17 +10,12 @@ from minigpt.params import SamplingParams
 
 
 def filter_probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return the distribution that characters are drawn from.
+    """Return the distribution that characters are drawn from, (B, V), each row up to a factor.
 
-    A temperature below 1 makes likely characters still likelier: it divides the logits, so their differences grow.
-
-    Args:
-        logits: (B, V).
-        sampling: temperature (not 0), top_k, top_p and min_p are applied, in this order.
-
-    Returns:
-        probabilities (B, V), each row up to a factor. Top-p keeps the smallest set of most likely characters whose
-        probabilities sum to at least p (Holtzman et al. 2020); min-p is that of Nguyen et al. (2024).
+    Temperature (not 0), top_k, top_p and min_p are applied to logits (B, V) in this order. A temperature below 1 makes
+    likely characters still likelier: it divides the logits, so their differences grow. Top-p keeps the smallest set of
+    most likely characters whose probabilities sum to at least p (Holtzman et al. 2020); min-p is that of Nguyen et al.
+    (2024).
     """
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -45,16 +40,7 @@ def penalize(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> Tensor:
-    """Choose one character per row.
-
-    Args:
-        logits: (B, V).
-        sampling: how to choose.
-        uniforms: numbers in [0, 1), (B,): the quantiles of the distributions to take.
-
-    Returns:
-        ids (B,), int64.
-    """
+    """Choose one character per row of logits (B, V): the quantiles ``uniforms`` (B,) in [0, 1) of the distributions."""
     if not sampling.temperature:
         return logits.argmax(-1)
     cumulative = filter_probabilities(logits, sampling).cumsum(-1)
