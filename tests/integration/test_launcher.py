@@ -149,7 +149,7 @@ def test_processes_that_cannot_share_a_step_equally_are_rejected(folder):
     set_params(folder, {"train": {"processes": 3}})
     ran = python("-m", "stages.train", cwd=folder)
     assert ran.returncode == 1
-    assert "train.processes: 3 processes share a step's train.grad_accum parts equally" in ran.stderr
+    assert "train.processes: must divide grad_accum into equal parts" in ran.stderr
     assert "set train.grad_accum to 3" in ran.stderr
 
 
