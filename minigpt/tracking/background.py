@@ -1,7 +1,5 @@
 """Upload in the background, so that a training does not wait for a server."""
 
-from __future__ import annotations
-
 import threading
 import time
 
@@ -39,15 +37,13 @@ class BackgroundUploader:
         self._thread: threading.Thread | None = None
 
     def request(self) -> None:
-        """Request an upload of the new records.
+        """Request an upload of the new records. A local store has them on return.
 
-        A local store has them on return. After a failure there, later requests are ignored until ``error`` is reset.
+        After a failure of a local store, requests are ignored until ``error`` is reset.
         """
-        if self._uploader.store.local:
-            if self.error is None:
-                self._try()
-            return
-        if not self._uploader.missing(self._journal):
+        if self._uploader.store.local and self.error is None:
+            self._try()
+        if self._uploader.store.local or not self._uploader.missing(self._journal):
             return
         if self._thread is None:
             try:

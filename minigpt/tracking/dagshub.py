@@ -9,8 +9,6 @@ with the token as user and password. The token is stored only in ``.dvc/config.l
 MLflow are first tested with real requests; if either refuses, nothing is changed.
 """
 
-from __future__ import annotations
-
 import getpass
 import importlib.util
 import os
@@ -46,11 +44,7 @@ SUMMARY = """
 
 
 def read_token() -> str:
-    """Return the token from DAGSHUB_USER_TOKEN, or ask for it in a terminal.
-
-    Raises:
-        UserError: no token is given.
-    """
+    """Return the token from DAGSHUB_USER_TOKEN, or ask for it in a terminal."""
     token = os.environ.get("DAGSHUB_USER_TOKEN")
     if not token and sys.stdin.isatty():
         token = getpass.getpass("token (from your settings on DagsHub): ")
@@ -60,11 +54,7 @@ def read_token() -> str:
 
 
 def connect(repo: str, token: str) -> None:
-    """Test the storage and MLflow of a DagsHub repository, set the remotes of DVC and git, and print a summary.
-
-    Args:
-        repo: user/repo.
-        token: token of a DagsHub user who may write to it.
+    """Test the storage and MLflow of ``user/repo`` on DagsHub, set the remotes of DVC and git, and print a summary.
 
     Raises:
         UserError: this is not a DVC repository, git would track the token, or DagsHub refuses.
@@ -78,7 +68,10 @@ def connect(repo: str, token: str) -> None:
         raise UserError(".dvc/config.local: git would track the token in this file; add it to .dvc/.gitignore")
     os.environ |= {"DAGSHUB_USER_TOKEN": token, "MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
     public, private = choose_remote(page, token)
-    check_mlflow(f"{page}.mlflow")
+    try:
+        Store(f"{page}.mlflow", TIMEOUT).experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+    except Exception as error:
+        raise UserError(f"{page}.mlflow: cannot open the experiment: {describe_error(error)}") from None
 
     config = Config(Path(".dvc").resolve())
     # No validation: the local half may still have the settings of another form.
@@ -90,18 +83,14 @@ def connect(repo: str, token: str) -> None:
         local["remote"][REMOTE] = public | private
         local["core"]["remote"] = REMOTE
     os.chmod(".dvc/config.local", 0o600)
-    git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout.split()
-    if REMOTE not in git_remotes:
+    git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout
+    if REMOTE not in git_remotes.split():
         subprocess.run(["git", "remote", "add", REMOTE, f"{page}.git"], check=True)
     print(SUMMARY.format(page=page, repo=repo, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
 
 
 def choose_remote(page: str, token: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the settings of a DVC remote that passed the test: the public ones, and those with the token.
-
-    Raises:
-        UserError: neither form works.
-    """
+    """Return the settings of a DVC remote that passed the test: the public ones, and those with the token."""
     if importlib.util.find_spec("dvc_s3"):
         public = {"url": "s3://dvc", "endpointurl": f"{page}.s3"}
         private = {"access_key_id": token, "secret_access_key": token}
@@ -120,9 +109,6 @@ def check_remote(public: dict[str, str], private: dict[str, str]) -> None:
 
     S3 clients send checksums since 2025. Older stores refuse them or keep them as a part of the file
     (https://github.com/boto/boto3/issues/4392, 4435).
-
-    Raises:
-        UserError: the remote is unreachable, refuses, or returns a different file.
     """
     from dvc.repo import Repo
 
@@ -139,15 +125,3 @@ def check_remote(public: dict[str, str], private: dict[str, str]) -> None:
     except Exception as error:
         address = public.get("endpointurl", public["url"])
         raise UserError(f"{address}: DVC cannot use this storage: {describe_error(error)}") from None
-
-
-def check_mlflow(uri: str) -> None:
-    """Look up the experiment of the runs, and create it if it does not exist.
-
-    Raises:
-        UserError: the server is unreachable or refuses.
-    """
-    try:
-        Store(uri, TIMEOUT).experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
-    except Exception as error:
-        raise UserError(f"{uri}: cannot open the experiment: {describe_error(error)}") from None

@@ -1,7 +1,5 @@
 """The journal of a training run: every record is on the local disk before it is sent to a server."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,8 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from minigpt import files
-from minigpt.files import workspace
+from minigpt.files import fsync, workspace
 
 EXPERIMENT = "minigpt"
 """Default name of the MLflow experiment. Overridden by MLFLOW_EXPERIMENT_NAME."""
@@ -27,8 +24,7 @@ PARAM_LENGTH, TAG_LENGTH = 500, 5000
 class Journal:
     """Append-only log of one run: lines of JSON in ``.journal/<key>/journal.jsonl`` of the main workspace.
 
-    Args:
-        key: identifier of the run, 32 hexadecimal digits.
+    ``key`` identifies the run by 32 hexadecimal digits.
     """
 
     def __init__(self, key: str) -> None:
@@ -48,13 +44,12 @@ class Journal:
 
         Lines that a crash truncated or damaged are skipped.
         """
-        try:
-            with self._path.open("rb") as file:
-                file.seek(start)
-                lines = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-        found = []
+        found: list[tuple[dict[str, Any], int]] = []
+        if not self._path.exists():
+            return found
+        with self._path.open("rb") as file:
+            file.seek(start)
+            lines = file.read().split(b"\n")[:-1]
         for line in lines:
             start += len(line) + 1
             with suppress(ValueError):
@@ -115,7 +110,7 @@ class Journal:
             copy.parent.mkdir(parents=True, exist_ok=True)
             temporary = copy.with_name(f"{copy.name}.{os.getpid()}")
             shutil.copyfile(file, temporary)
-            files.fsync(temporary)
+            fsync(temporary)
             temporary.replace(copy)
             self._write("artifact", path=name, digest=digest)
 
@@ -126,8 +121,8 @@ class Journal:
     def flush(self) -> None:
         """Flush the journal to the disk, so that it survives a power cut."""
         if self._path.exists():
-            files.fsync(self._path)
-            files.fsync(self.folder)
+            fsync(self._path)
+            fsync(self.folder)
 
     def _write(self, kind: str, **fields: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -22,16 +22,11 @@ from minigpt.tracking.uploader import Uploader
 if TYPE_CHECKING:
     import torch
 
-TRAIN_SECTIONS = ("data", "model", "train")
-"""Sections of params.yaml that the train stage records. The later stages record their own."""
-
 
 class Tracker:
     """Records one run in its journal and uploads it.
 
-    Attributes:
-        journal: journal of the run.
-        display_uri: the store of the run, without credentials.
+    ``display_uri`` is the store of the run, without credentials.
     """
 
     def __init__(self, key: str) -> None:
@@ -50,10 +45,10 @@ class Tracker:
         journal, model = self.journal, params.model
         starts = self._count_starts()
         if not starts:
-            source = Path(params.data.source)
-            shape = f"{model.n_layer}x{model.n_embd}"
+            source, shape = Path(params.data.source), f"{model.n_layer}x{model.n_embd}"
             journal.name(os.environ.get("DVC_EXP_NAME") or f"{source.stem} {shape} {journal.key[:6]}")
-            journal.params(flatten({key: value for key, value in params.model_dump().items() if key in TRAIN_SECTIONS}))
+            # The later stages record their own sections.
+            journal.params(flatten(params.model_dump(include={"data", "model", "train"})))
             journal.tags(provenance())
             journal.dataset(source.name, str(source), digest, sizes)
             self._record_workspace_files()
@@ -130,8 +125,7 @@ class Tracker:
         return sum(1 for record in self.journal.records("status") if record["status"] == "RUNNING")
 
     def _record_workspace_files(self) -> None:
-        """Record params.yaml and dvc.lock, which name the exact inputs of the run."""
-        for path in (Path("params.yaml"), Path("dvc.lock")):
+        for path in (Path("params.yaml"), Path("dvc.lock")):  # they name the exact inputs of the run
             if path.exists():
                 self.journal.artifact(path)
 
@@ -145,11 +139,7 @@ class Tracker:
 
 
 def tracker_of_model(record: Path) -> Tracker:
-    """Return the tracker of the run that trained this workspace's model, for a later stage.
-
-    Raises:
-        UserError: ``record``, the file that names the run, is missing or damaged.
-    """
+    """Return the tracker of the run that trained this workspace's model. ``record`` is the file that names the run."""
     try:
         key = json.loads(record.read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,13 +151,10 @@ def tracker_of_model(record: Path) -> Tracker:
 
 def provenance() -> dict[str, str]:
     """Return tags for the git commit, and for the name and baseline of the DVC experiment."""
-    tags = {}
+    experiment = {"dvc.experiment": "DVC_EXP_NAME", "dvc.baseline": "DVC_EXP_BASELINE_REV"}
+    tags = {tag: os.environ[name] for tag, name in experiment.items() if os.environ.get(name)}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        tags["mlflow.source.git.commit"] = commit.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        tags["git"] = "none"
-    for tag, name in (("dvc.experiment", "DVC_EXP_NAME"), ("dvc.baseline", "DVC_EXP_BASELINE_REV")):
-        if value := os.environ.get(name):
-            tags[tag] = value
-    return tags
+        return {"git": "none"} | tags
+    return {"mlflow.source.git.commit": commit.stdout.strip()} | tags

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-DAGSHUB = "https://dagshub.com"
-"""Address of DagsHub. Overridden by DAGSHUB_CLIENT_HOST, a variable of DagsHub's own client."""
-
 RUN_TAG = "minigpt.run"
 """MLflow tag that holds the key of a run. Runs are looked up by it."""
 
@@ -38,16 +35,11 @@ NETWORK_ERRORS = {
 }
 """Parts of the HTTP library's messages, and the message that is shown instead."""
 
-SECRETS = ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Environment variables whose values are never printed."""
-
 
 class Store:
     """Client of one tracking store.
 
-    Args:
-        uri: tracking URI.
-        timeout: seconds until a request counts as lost. Overridden by MLFLOW_HTTP_REQUEST_TIMEOUT.
+    Requests count as lost after ``timeout`` seconds, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set.
 
     Attributes:
         display_uri: the URI without credentials, safe to print.
@@ -87,25 +79,22 @@ class Store:
         """
         from mlflow.exceptions import MlflowException
 
-        if name not in self._experiments:
-            client = self.connect()
-            found = client.get_experiment_by_name(name)
-            if found and found.lifecycle_stage == "deleted":
-                raise UserError(
-                    f"experiment '{name}' was deleted there; "
-                    f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}`"
-                )
-            if found is None:
-                location = (workspace() / "mlartifacts").as_uri() if self.local else None
-                try:
-                    self._experiments[name] = client.create_experiment(name, location)
-                    return self._experiments[name]
-                except MlflowException:  # another process created it first, or the response was lost
-                    found = client.get_experiment_by_name(name)
-                    if found is None:
-                        raise
-            self._experiments[name] = found.experiment_id
-        return self._experiments[name]
+        if name in self._experiments:
+            return self._experiments[name]
+        client = self.connect()
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            location = (workspace() / "mlartifacts").as_uri() if self.local else None
+            try:
+                return self._experiments.setdefault(name, client.create_experiment(name, location))
+            except MlflowException:  # another process created it first, or the response was lost
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise UserError(f"experiment '{name}' was deleted there; restore it with `{restore}`")
+        return self._experiments.setdefault(name, found.experiment_id)
 
     def find_run(self, journal: Journal) -> Run | None:
         """Return the run of a journal, also if it was deleted; None if there is none."""
@@ -117,10 +106,9 @@ class Store:
 
     def create_run(self, journal: Journal) -> str:
         """Create the run of a journal and return its id."""
-        named = next(iter(journal.records("name")), {"name": journal.key[:8]})
-        tags = {RUN_TAG: journal.key}
-        if named.get("restored"):
-            tags["restored"] = "DVC restored the training from its cache; its metrics are elsewhere"
+        named = next(iter(journal.records("name")), {"name": journal.key[:8], "restored": False})
+        tags = {"restored": "DVC restored the training from its cache; its metrics are elsewhere"}
+        tags = {RUN_TAG: journal.key} | (tags if named["restored"] else {})
         start = journal.records()[0]["time"]
         created = self.connect().create_run(self._experiment_of(journal), start, tags, named["name"])
         return str(created.info.run_id)
@@ -166,11 +154,8 @@ class Store:
         client = self.connect()
         metrics = [Metric(n, v, r["time"], r["step"]) for r in records for n, v in r["values"].items()]
         if in_flight:
-            stored = {
-                (name, known.timestamp, known.step)
-                for name in {metric.key for metric in metrics}
-                for known in client.get_metric_history(run_id, name)
-            }
+            histories = [client.get_metric_history(run_id, name) for name in {metric.key for metric in metrics}]
+            stored = {(point.key, point.timestamp, point.step) for history in histories for point in history}
             metrics = [metric for metric in metrics if (metric.key, metric.timestamp, metric.step) not in stored]
         if metrics:
             client.log_batch(run_id, metrics=metrics)
@@ -197,9 +182,14 @@ def resolve_tracking_uri() -> str:
     Raises:
         UserError: DAGSHUB_REPO is not of the form user/repo.
     """
-    repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return _absolute(_without_credentials(uri))
+        parts = urlsplit(uri)
+        if parts.scheme.startswith("http") and "@" in parts.netloc:
+            os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
+            os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+            uri = os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return _absolute(uri)
+    repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
     if repo and token:
         os.environ |= {"MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
         return f"{dagshub_page(repo)}.mlflow"
@@ -212,14 +202,10 @@ def local_store_uri() -> str:
 
 
 def dagshub_page(repo: str) -> str:
-    """Return the address of a repository on DagsHub.
-
-    Raises:
-        UserError: ``repo`` is not of the form user/repo.
-    """
+    """Return the address of ``user/repo`` on DagsHub. DAGSHUB_CLIENT_HOST is a variable of DagsHub's own client."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"DAGSHUB_REPO: expected user/repo, got {repo!r}")
-    return f"{os.environ.get('DAGSHUB_CLIENT_HOST', DAGSHUB).rstrip('/')}/{repo}"
+    return f"{os.environ.get('DAGSHUB_CLIENT_HOST', 'https://dagshub.com').rstrip('/')}/{repo}"
 
 
 def describe_error(error: Exception) -> str:
@@ -232,7 +218,7 @@ def describe_error(error: Exception) -> str:
         if part in text:
             return message
     line = text.splitlines()[0]
-    for name in SECRETS:
+    for name in ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
         if value := os.environ.get(name):
             line = line.replace(value, f"${name}")
     return line[:300]
@@ -245,13 +231,3 @@ def _absolute(uri: str) -> str:
     if uri.startswith("file:") and not uri.startswith("file:/"):
         uri = uri.removeprefix("file:")
     return str(workspace() / uri) if ":" not in uri and not uri.startswith("databricks") else uri
-
-
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    if not parts.scheme.startswith("http") or "@" not in parts.netloc:
-        return uri
-    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
-    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
-    os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    return os.environ["MLFLOW_TRACKING_URI"]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from minigpt.runtime.cpu import cpu_info
 
 if TYPE_CHECKING:
@@ -32,17 +34,12 @@ def describe_device(device: torch.device) -> str:
 class Monitor:
     """Measures the load of the machine in a thread, which sleeps nearly all the time.
 
-    Metrics have the names of MLflow's system metrics, so that its page shows them under that heading.
-
-    Args:
-        record: is called with values by name: percentages, megabytes (2**20 bytes), watts.
-        device: device of the training. If it is a GPU, all visible GPUs are measured.
+    It calls ``record`` with percentages, megabytes (2**20 bytes) and watts. They have the names of MLflow's system
+    metrics, so that its page shows them under that heading. If the device is a GPU, all visible GPUs are measured.
     """
 
     def __init__(self, record: Callable[[dict[str, float]], None], device: torch.device) -> None:
-        import psutil
-
-        self._record, self._process, self._psutil = record, psutil.Process(), psutil
+        self._record, self._process = record, psutil.Process()
         self._gpus = open_gpus() if device.type == "cuda" else []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
@@ -55,9 +52,9 @@ class Monitor:
 
     def measure(self) -> dict[str, float]:
         """Return the current load."""
-        memory = self._psutil.virtual_memory()
+        memory = psutil.virtual_memory()
         values = {
-            "cpu_utilization_percentage": self._psutil.cpu_percent(),
+            "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": round((memory.total - memory.available) / 2**20, 1),
             "system_memory_usage_percentage": memory.percent,
             "process_memory_usage_megabytes": round(self._process.memory_info().rss / 2**20, 1),
@@ -66,7 +63,7 @@ class Monitor:
         return {f"system/{name}": value for name, value in values.items()}
 
     def _run(self) -> None:
-        self._psutil.cpu_percent()  # each later call returns the mean load since the previous call
+        psutil.cpu_percent()  # each later call returns the mean load since the previous call
         stopped = False
         while not stopped:
             stopped = self._stopped.wait(INTERVAL)

@@ -3,8 +3,6 @@
 An unreachable store never stops a training. `minigpt sync` sends the missing records later.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -41,7 +39,6 @@ class Uploader:
     """Sends journals to a store: each record once and in order, even after interruptions.
 
     Attributes:
-        store: client of the store.
         display_uri: the URI without credentials, safe to print.
         sent: number of records sent so far, over all journals.
         last_success: time of the last accepted request, by ``time.monotonic``.
@@ -55,12 +52,9 @@ class Uploader:
         self._digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
 
     def send(self, journal: Journal, check: bool = False) -> None:
-        """Send the records that the store does not have yet. A run that was deleted there stays deleted.
+        """Send the records that the store does not have yet, or raise the error of MLflow.
 
-        With ``check``, the store is asked for the run even if all its records were sent.
-
-        Raises:
-            Exception: any error of MLflow, if the store is unreachable or refuses a request.
+        A run that was deleted there stays deleted. With ``check``, look it up even if all its records were sent.
         """
         if check or self.missing(journal):
             with locked(self._progress_path(journal)):
@@ -84,8 +78,15 @@ class Uploader:
 
     def _send_pending(self, journal: Journal) -> None:
         progress = Progress(self._progress_path(journal), journal.size, self.display_uri)
-        if journal.key not in self._run_ids and not self._find_or_create_run(journal, progress):
-            return
+        if journal.key not in self._run_ids:
+            run = self.store.find_run(journal)
+            if run and run.info.lifecycle_stage == "deleted":
+                print(f"minigpt: run {journal.key[:8]} was deleted in {self.display_uri}; nothing more is sent")
+                progress.save(journal.since(0)[-1][1], 0)
+                return
+            if run is None:
+                progress.save(0, 0)
+            self._run_ids[journal.key] = run.info.run_id if run else self.store.create_run(journal)
         run_id, pending = self._run_ids[journal.key], journal.since(progress.sent)
         # A power cut must not remove records from the journal that the store already has.
         journal.flush()
@@ -111,18 +112,6 @@ class Uploader:
             else:
                 self.store.log(run_id, journal, [record for record, _ in batch], in_flight)
                 accepted(end, len(batch))
-
-    def _find_or_create_run(self, journal: Journal, progress: Progress) -> bool:
-        """Look up the run, or create it. Return False if it was deleted in the store."""
-        run = self.store.find_run(journal)
-        if run and run.info.lifecycle_stage == "deleted":
-            print(f"minigpt: run {journal.key[:8]} was deleted in {self.display_uri}; nothing more is sent")
-            progress.save(journal.since(0)[-1][1], 0)
-            return False
-        if run is None:
-            progress.save(0, 0)
-        self._run_ids[journal.key] = run.info.run_id if run else self.store.create_run(journal)
-        return True
 
 
 class Progress:
@@ -174,9 +163,6 @@ def _in_parallel(action: Callable[[T], None], items: list[T]) -> Iterator[T]:
     The first item goes alone: an unreachable store then gets one request, and MLflow looks up only once where the
     files of a run are stored. After an error no new call starts, and running calls finish first, so that a retry
     cannot overlap with them. The threads are daemons, because those of concurrent.futures delay the program's exit.
-
-    Raises:
-        Exception: the error of the first item that failed.
     """
     action(items[0])
     yield items[0]
@@ -239,8 +225,7 @@ def _send_with_retries(uploader: Uploader, journal: Journal) -> None:
     while True:
         before = uploader.sent
         try:
-            uploader.send(journal, check=True)
-            return
+            return uploader.send(journal, check=True)
         except Exception as error:
             failures = 0 if uploader.sent > before else failures + 1
             if failures > RETRIES or _is_permanent(error):

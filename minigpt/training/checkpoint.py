@@ -5,8 +5,6 @@ sharded model is written with torch's distributed checkpoint, one file per rank,
 Any number of ranks, sharded or not, can resume from the checkpoint of any other number.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -37,43 +35,31 @@ TRAINING_CODE = (
 )  # fmt: skip
 """Files and folders of the library that training imports: the same as in the dependencies of the stage train."""
 
-PLACEMENT_PARAMS = {"processes", "parallel", "activation_checkpointing"}
-"""Params that decide where a training is computed, not its result. They may change between stop and resume."""
-
 
 def fingerprint(params: Params, corpus_digest: str) -> str:
     """Return 16 hexadecimal digits that identify a training by its params, data and code."""
     package = Path(__file__).parents[1]
     files = [file for name in TRAINING_CODE for file in (sorted((package / name).rglob("*.py")) or [package / name])]
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    train = params.train.model_dump(exclude=PLACEMENT_PARAMS)
+    # These decide where a training is computed, not its result. They may change between stop and resume.
+    train = params.train.model_dump(exclude={"processes", "parallel", "activation_checkpointing"})
     identity = [params.model.model_dump(), train, corpus_digest, code, torch.__version__]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 @dataclass
 class TrainState:
-    """Progress of a training, except for its tensors.
+    """Progress of a training, except for its tensors."""
 
-    Attributes:
-        step: optimizer steps done.
-        saved_step: step of the newest checkpoint, or 0.
-        best_step: step of the lowest validation loss, ``best_loss`` in nats per character.
-        grad_norm: norm of the gradient in the last step, before clipping.
-        train_seconds: time without evaluations and checkpoints.
-        resumed_at: steps that the training was resumed after.
-        history: one row per evaluation.
-    """
-
-    step: int = 0
-    saved_step: int = 0
-    best_step: int = 0
-    best_loss: float = math.inf
+    step: int = 0  # optimizer steps done
+    saved_step: int = 0  # step of the newest checkpoint
+    best_step: int = 0  # step of the lowest validation loss
+    best_loss: float = math.inf  # that loss in nats per character
     evaluations_since_best: int = 0
-    grad_norm: float = 0.0
-    train_seconds: float = 0.0
-    resumed_at: list[int] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
+    grad_norm: float = 0.0  # of the last step, before clipping
+    train_seconds: float = 0.0  # without evaluations and checkpoints
+    resumed_at: list[int] = field(default_factory=list)  # steps after which the training was resumed
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
 
 
 @dataclass
@@ -87,9 +73,7 @@ class Checkpoint:
 class Checkpoints:
     """The last checkpoints of one training, in ``<root>/.checkpoints/<fingerprint>/step-NNNNNN/``.
 
-    Args:
-        root: the main workspace. It outlives the copies that DVC runs experiments in.
-        fingerprint: the fingerprint of the training.
+    ``root`` is the main workspace, which outlives the copies that DVC runs experiments in.
     """
 
     KEEP = 2
@@ -110,9 +94,8 @@ class Checkpoints:
             lock.acquire(blocking=False)
         except Timeout:
             pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
-            raise UserError(
-                f"process {pid} is already running this training; wait for it, or stop it with `kill {pid}`"
-            ) from None
+            problem = f"process {pid} is already running this training"
+            raise UserError(f"{problem}; wait for it, or stop it with `kill {pid}`") from None
         try:
             holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield
@@ -130,18 +113,20 @@ class Checkpoints:
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])
 
     def save(self, checkpoint: Checkpoint, group: ProcessGroup = SINGLE_PROCESS) -> None:
-        """Write a checkpoint, then remove all but the last KEEP.
+        """Write a checkpoint, then remove all but the last KEEP. All ranks must call.
 
-        Args:
-            checkpoint: the same in all ranks, or this rank's shards.
-            group: all ranks must call; only rank 0 writes, unless the model is sharded.
+        Only rank 0 writes, unless the model is sharded: then each rank writes its own shards.
         """
         if not group.is_main and not group.sharded:
             return
         target = self._step_folder(checkpoint.state.step)
         with atomic_directory(target) if group.is_main else nullcontext(target) as folder:
             if group.sharded:
-                _write_shards(group.broadcast_object(folder), checkpoint.tensors)
+                from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+                from torch.distributed.checkpoint.state_dict_saver import save
+
+                writer = HuggingFaceStorageWriter(str(group.broadcast_object(folder)), save_distributed=True)
+                save(checkpoint.tensors, storage_writer=writer)
             else:
                 write_tensors(folder / "state.safetensors", checkpoint.tensors)
             if not group.is_main:
@@ -156,9 +141,8 @@ class Checkpoints:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest intact checkpoint, if there is one. Return it and a message for each damaged one.
 
-        Args:
-            like: tensors with the names, shapes, devices and shards to load.
-            group: all ranks must call, and all get the checkpoint that rank 0 finds.
+        All ranks must call, and all get the checkpoint that rank 0 finds. Its tensors must have the names and shapes of
+        ``like``, and get the same devices and shards.
         """
         found, damaged = self._newest_intact(like, group.sharded) if group.is_main else (None, [])
         state, damaged = group.broadcast_object((found.state if found else None, damaged))
@@ -209,30 +193,16 @@ class Checkpoints:
 
 def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Read the full tensors of a checkpoint to the devices of ``like``."""
-    if (folder / "state.safetensors").exists():
-        read = load_file(folder / "state.safetensors")
-        tensors = {name: read[name].to(value.device) for name, value in like.items()}
-    else:
-        tensors = _read_shards(folder, like, no_dist=True)
+    path = folder / "state.safetensors"
+    found = load_file(path) if path.exists() else _read_shards(folder, like, no_dist=True)
+    tensors = {name: found[name].to(value.device) for name, value in like.items()}
     if wrong := [name for name, value in like.items() if tensors[name].shape != value.shape]:
         raise ValueError(f"{wrong[0]} has another shape than the model's")
     return tensors
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write this rank's shards of the tensors. All ranks must call."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-
-
 def _read_shards(folder: Path, like: dict[str, Tensor], no_dist: bool = False) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint, sharded like those of ``like``. All ranks must call, unless ``no_dist``.
-
-    Raises:
-        ValueError: the checkpoint has other tensors.
-    """
+    """Read the tensors of a checkpoint, sharded like those of ``like``. All ranks must call, unless ``no_dist``."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -240,7 +210,7 @@ def _read_shards(folder: Path, like: dict[str, Tensor], no_dist: bool = False) -
     tensors = {name: torch.empty_like(value) for name, value in like.items()}
     try:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
-    except CheckpointException as error:
+    except CheckpointException as error:  # it has other tensors
         raise ValueError(str(error).splitlines()[0]) from error
     return tensors
 

@@ -1,14 +1,11 @@
 """Control of the training loop: signals, timers, and the decision of all ranks to save or to stop."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +17,7 @@ from minigpt.runtime.distributed import ProcessGroup
 CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
 """Maximum interval between checkpoints. Overridden by MINIGPT_CHECKPOINT_SECONDS and MINIGPT_CHECKPOINT_STEPS."""
 
-SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
-"""Shells that DVC may run a stage in."""
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 CONTINUE, SAVE, STOP = 0, 1, 2
 """Requests of a rank, and decisions of all ranks. Only rank 0 requests SAVE, so a sum >= STOP means stop."""
@@ -48,10 +44,10 @@ class DeferredScalars:
 
     def pop(self) -> tuple[int, list[float]] | None:
         """Wait for the stored values and return them, if there are any."""
-        if self._pending is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return None
-        step, host, event = self._pending
-        self._pending = None
+        step, host, event = pending
         event.synchronize()
         return step, host.tolist()
 
@@ -72,22 +68,21 @@ class Stopwatch:
     """Seconds of training without its pauses, added to the ``seconds`` that earlier processes counted."""
 
     def __init__(self, seconds: float) -> None:
-        self._counted = seconds
-        self._since: float | None = time.monotonic()
+        self._counted, self._since, self._paused = seconds, time.monotonic(), False
 
     @property
     def seconds(self) -> float:
         """Seconds counted so far."""
-        return self._counted + (time.monotonic() - self._since if self._since is not None else 0.0)
+        return self._counted if self._paused else self._counted + time.monotonic() - self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the time inside."""
-        self._counted, self._since = self.seconds, None
+        self._counted, self._paused = self.seconds, True
         try:
             yield
         finally:
-            self._since = time.monotonic()
+            self._since, self._paused = time.monotonic(), False
 
 
 class Signals:
@@ -98,22 +93,19 @@ class Signals:
 
     def __init__(self) -> None:
         self._received: list[int] = []
-        self._old_handlers: dict[int, Any] = {}
-        self._launchers = launching_processes()
-        self._checked = time.monotonic()
+        self._launchers, self._checked = launching_processes(), time.monotonic()
 
-    def __enter__(self) -> Signals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._old_handlers[signum] = signal.signal(signum, self._receive)
+    def __enter__(self) -> "Signals":
+        self._old_handlers = [signal.signal(signum, self._receive) for signum in HANDLED]
         return self
 
     def __exit__(self, *error: object) -> None:
-        for signum, handler in self._old_handlers.items():
+        for signum, handler in zip(HANDLED, self._old_handlers, strict=True):
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         self._received.append(signum)
-        for handled in self._old_handlers:
+        for handled in HANDLED:
             signal.signal(handled, signal.SIG_DFL)
 
     def first(self) -> int:
@@ -136,14 +128,13 @@ class Control:
         self.restart_timer(step)
 
     def decide(self, step: int, total: int) -> int:
-        """Update this rank's request after ``step`` steps. Return the decision of all ranks.
+        """Update this rank's request after ``step`` steps. Return the decision of all ranks: CONTINUE, SAVE or >= STOP.
 
-        The decision is ``total``, the sum of requests in the last step that was read: CONTINUE, SAVE, or >= STOP.
+        With several ranks, it is ``total``, the sum of requests in the last step that was read.
         """
         due = self._group.is_main and self._timer.due(step)
         self.request = STOP if self._signals.first() else SAVE if due else CONTINUE
-        # A single process need not wait one step for the sum.
-        return self.request if self._group.world_size == 1 else total
+        return self.request if self._group.world_size == 1 else total  # one process need not wait for the sum
 
     def restart_timer(self, step: int) -> None:
         """Start the timer for the next checkpoint and withdraw the request, after a checkpoint of ``step``."""
@@ -161,6 +152,7 @@ def launching_processes() -> list[int]:
     dvc = "DVC_STAGE" in os.environ
     count = dvc + ("TORCHELASTIC_RUN_ID" in os.environ)
     chain = ancestors() if count else []
-    if dvc and any(name in SHELLS for _, name in chain[count - 1 : count]):
+    shells = {"sh", "bash", "dash", "zsh", "ksh", "fish", "busybox"}
+    if dvc and any(name in shells for _, name in chain[count - 1 : count]):
         count += 1
     return [pid for pid, _ in chain[:count]]

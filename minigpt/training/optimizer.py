@@ -1,8 +1,6 @@
 """Optimizers: AdamW, Muon, and the learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,9 +10,6 @@ from minigpt.choices import SCHEDULES
 from minigpt.model import GPT
 from minigpt.params import TrainParams
 from minigpt.runtime.distributed import from_local, full_tensor, shard_like, to_local
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")."""
 
 MAX_BATCH_ELEMENTS = 1 << 26
 """Maximum number of elements that are orthogonalized in one batch, unless a single matrix has more."""
@@ -30,16 +25,11 @@ def learning_rate(step: int, train: TrainParams) -> float:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return nearly orthogonal matrices near ``matrices``, by Newton-Schulz iteration.
+    """Return nearly orthogonal matrices near ``matrices`` (..., rows, columns), by Newton-Schulz iteration.
 
-    Args:
-        matrices: (..., rows, columns), in the dtype to compute in.
-        steps: iterations; five bring every singular value into about [0.7, 1.2].
-
-    Returns:
-        A tensor of the same shape and dtype.
+    Five ``steps`` bring every singular value into about [0.7, 1.2].
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # a quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -62,25 +52,16 @@ class Muon(torch.optim.Optimizer):
         momentum: decay of the mean of gradients (Nesterov).
         weight_decay: per unit of learning rate.
         dtype: dtype of the Newton-Schulz iteration.
-
-    Attributes:
-        found_inf: tensor on the device, as in torch's own optimizers; if it is not 0, a step changes no parameter.
     """
 
     found_inf: Tensor | None = None
+    """As in torch's own optimizers: a tensor on the device; if it is not 0, a step changes no parameter."""
 
     def __init__(
-        self,
-        matrices: Iterable[tuple[Tensor, int]],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype,
+        self, matrices: list[tuple[Tensor, int]], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
     ) -> None:
-        pairs = list(matrices)
-        self._matrices, self._maps = [matrix for matrix, _ in pairs], [maps for _, maps in pairs]
-        self._dtype = dtype
-        own = [to_local(matrix) for matrix in self._matrices]
+        self._matrices, self._dtype = matrices, dtype
+        own = [to_local(matrix) for matrix, _ in self._matrices]
         super().__init__(own, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for p in own:
             self.state[p]["momentum"] = torch.zeros_like(p)
@@ -94,23 +75,23 @@ class Muon(torch.optim.Optimizer):
             means = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             directions = self._orthogonalized(list(torch._foreach_lerp(grads, means, group["momentum"])))
-            if self.found_inf is not None:
-                finite = (~self.found_inf.bool()).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * finite)
-            elif group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                decay = group["lr"] * group["weight_decay"]
+                if self.found_inf is not None:
+                    decay = decay * (~self.found_inf.bool()).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - decay)
             torch._foreach_add_(params, directions, alpha=-group["lr"])
 
     def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
         """Return orthogonalized updates times sqrt(max(1, rows / columns)), or 0 if the gradient is not finite."""
         shapes: dict[tuple[int, int, int], list[int]] = {}
-        for index, (matrix, maps) in enumerate(zip(self._matrices, self._maps, strict=True)):
-            shapes.setdefault((matrix.size(0) // maps, matrix.size(1), matrix.size(0)), []).append(index)
+        for index, (matrix, maps) in enumerate(self._matrices):
+            shapes.setdefault((matrix.size(0), matrix.size(1), maps), []).append(index)
         result = list(updates)
-        for (rows, columns, height), alike in shapes.items():
-            size = max(1, MAX_BATCH_ELEMENTS // (height * columns))
+        for (height, columns, maps), alike in shapes.items():
+            rows, size = height // maps, max(1, MAX_BATCH_ELEMENTS // (height * columns))
             for members in (alike[first : first + size] for first in range(0, len(alike), size)):
-                own = [from_local(updates[index], self._matrices[index]) for index in members]
+                own = [from_local(updates[index], self._matrices[index][0]) for index in members]
                 stacked = torch.stack([full_tensor(update) for update in own]).to(self._dtype)
                 batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
                 # Contiguous, so that one fused kernel adds all updates to the weights.
@@ -118,17 +99,14 @@ class Muon(torch.optim.Optimizer):
                 if self.found_inf is not None:
                     batch = torch.where(self.found_inf.bool(), 0, batch)
                 for index, direction in zip(members, batch.unbind(), strict=True):
-                    result[index] = shard_like(direction, self._matrices[index])
+                    result[index] = shard_like(direction, self._matrices[index][0])
         return result
 
 
 class Optimizers:
     """All optimizers of a model, used as one. For a sharded model, they hold and update this rank's shards.
 
-    Args:
-        model: the model to train, on its device.
-        train: the params of the section ``train``.
-        dtype: dtype of Muon's Newton-Schulz iteration.
+    ``dtype`` is that of Muon's Newton-Schulz iteration.
     """
 
     def __init__(self, model: GPT, train: TrainParams, dtype: torch.dtype) -> None:
@@ -143,18 +121,16 @@ class Optimizers:
             self.all.append(muon)
             self._weights |= zip(muon.param_groups[0]["params"], (matrix for matrix, _ in matrices), strict=True)
             rest = [p for p in params if p not in set(self._weights.values())]
-            groups: list[dict[str, Any]] = [{"params": rest, "lr": train.adam_learning_rate, "weight_decay": 0.0}]
+            parts = [(rest, train.adam_learning_rate, 0.0)]
         else:
             decayed, others = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
-            groups = [
-                {"params": decayed, "lr": train.learning_rate, "weight_decay": train.weight_decay},
-                {"params": others, "lr": train.learning_rate, "weight_decay": 0.0},
-            ]
-        groups = [group for group in groups if group["params"]]
-        for group in groups:
-            own = {to_local(p): p for p in group["params"]}
+            parts = [(decayed, train.learning_rate, train.weight_decay), (others, train.learning_rate, 0.0)]
+        groups: list[dict[str, Any]] = []
+        for weights, lr, weight_decay in parts:
+            own = {to_local(p): p for p in weights}
             self._weights |= own
-            group["params"] = list(own)
+            if own:
+                groups.append({"params": list(own), "lr": lr, "weight_decay": weight_decay})
         adam = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=True)
         self.all.append(adam)
         # AdamW makes this state in its first step. Make it now, so that a checkpoint always has the same tensors.

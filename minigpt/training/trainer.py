@@ -1,13 +1,11 @@
 """Training loop. The result is a function of params and corpus alone, however often it is interrupted."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,9 +31,6 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L
 TRAIN_SAMPLE = 1 << 15
 """Characters of the training split that an evaluation scores."""
 
-HISTORY = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm")
-"""Columns of the history: losses in nats per character, the learning rate as a fraction of its peak."""
-
 
 class Observer(Protocol):
     """Receiver of metrics during a training."""
@@ -49,22 +44,11 @@ class Observer(Protocol):
 
 @dataclass
 class TrainResult:
-    """Weights of the step with the lowest validation loss, one row of HISTORY per evaluation, and final metrics."""
+    """Weights of the step with the lowest validation loss, one row of history per evaluation, and final metrics."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
     metrics: dict[str, float]
-
-
-def micro_batch_seed(seed: int, step: int, micro: int) -> int:
-    """Return the seed for dropout and token noise in one micro-batch."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {micro}".encode(), digest_size=7).digest(), "big")
-
-
-def replace_random_tokens(ids: Tensor, fraction: float, vocab_size: int) -> Tensor:
-    """Return a copy of ``ids`` with a random fraction of them replaced by random ids."""
-    replaced = torch.rand(ids.shape, device=ids.device) < fraction
-    return torch.where(replaced, torch.randint_like(ids, vocab_size), ids)
 
 
 def should_compile(setting: str, device: torch.device, steps: int) -> bool:
@@ -73,14 +57,9 @@ def should_compile(setting: str, device: torch.device, steps: int) -> bool:
 
 
 class Trainer:
-    """Training of one model.
+    """Training of one model, by the sections ``model`` and ``train`` of the params.
 
-    Args:
-        params: all params; only the sections ``model`` and ``train`` are used.
-        corpus: the text, on the device of ``group``.
-        group: this process and the others of the job.
-        observer: the receiver of metrics in rank 0, None in the other ranks.
-        checkpoints: the checkpoints of this training. The caller holds their lock.
+    The corpus is on the group's device. The caller holds the lock of the checkpoints. Only rank 0 has an observer.
 
     Attributes:
         state: progress so far.
@@ -100,14 +79,13 @@ class Trainer:
             if self.train.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-        dtype = compute_dtype(self.train.dtype, group.device)
         self.model = GPT(params.model, corpus.tokenizer.vocab_size)
-        self.model.compute_dtype = dtype
+        self.model.compute_dtype = compute_dtype(self.train.dtype, group.device)
         self.model.checkpointing = self.train.activation_checkpointing
         self.parallel = group.wrap(self.model)
         self.compiled = should_compile(self.train.compile, group.device, self.train.max_iters)
         self.logits: Callable[[Tensor], Tensor] = self.parallel
-        self.optimizers = Optimizers(self.model, self.train, dtype or torch.float32)
+        self.optimizers = Optimizers(self.model, self.train, self.model.compute_dtype or torch.float32)
         self.found_inf = torch.zeros((), device=group.device)
         self.best: dict[str, Tensor] = {}
         self.state, self.clock = TrainState(), Stopwatch(0.0)
@@ -145,7 +123,7 @@ class Trainer:
                 state.step = step + 1
                 bar.update()
                 if len(self._losses) >= max(1, train.eval_interval // 10):
-                    self._log(bar, self.clock.seconds - logged_at)
+                    bar.set_postfix_str(self._log(self.clock.seconds - logged_at), refresh=False)
                     logged_at = self.clock.seconds
                 decision = control.decide(state.step, total)
                 if decision:
@@ -161,9 +139,8 @@ class Trainer:
     def describe(self) -> str:
         """Return one line on the model, the device and the length of the training."""
         train, device = self.train, self.group.device
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
         dtype = str(self.model.compute_dtype or torch.float32).removeprefix("torch.")
         return (
             f"{self.model.num_parameters():,} parameters in {dtype} on {name}; "
@@ -194,19 +171,20 @@ class Trainer:
 
     def accumulate_gradient(self, step: int) -> Tensor:
         """Accumulate the gradient of the batch of ``step``. Return this rank's share of the loss."""
-        train = self.train
-        mine = self.group.micro_batches(train.grad_accum)
-        windows = train.batch_size // train.grad_accum
-        total = torch.zeros((), device=self.group.device)
+        train, group = self.train, self.group
+        mine, windows = group.micro_batches(train.grad_accum), train.batch_size // train.grad_accum
+        total = torch.zeros((), device=group.device)
         for micro in mine:
             first = step * train.batch_size + micro * windows
-            ids, targets = self.corpus.train.batch(
-                train.seed, first, windows, self.block_size, prefetch_stride=self.group.world_size * windows
-            )
-            torch.manual_seed(micro_batch_seed(train.seed, step, micro))
+            stride = group.world_size * windows
+            ids, targets = self.corpus.train.batch(train.seed, first, windows, self.block_size, prefetch_stride=stride)
+            # Dropout and token noise depend only on the seed, the step and the micro-batch.
+            key = hashlib.blake2b(f"{train.seed} {step} {micro}".encode(), digest_size=7).digest()
+            torch.manual_seed(int.from_bytes(key, "big"))
             if train.token_noise:
-                ids = replace_random_tokens(ids, train.token_noise, self.model.vocab_size)
-            with self.group.no_sync(self.parallel, micro != mine[-1]):
+                replaced = torch.rand(ids.shape, device=ids.device) < train.token_noise
+                ids = torch.where(replaced, torch.randint_like(ids, self.model.vocab_size), ids)
+            with group.no_sync(self.parallel, micro != mine[-1]):
                 loss = cross_entropy(self.logits(ids), targets)
                 (loss / len(mine)).backward()
             total += loss.detach() / train.grad_accum
@@ -237,10 +215,11 @@ class Trainer:
             return
         limits = ((self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars)), (self.corpus.val, train.eval_chars))
         train_loss, val_loss = (score(self.model, split, None, chars, self.group).loss for split, chars in limits)
-        values = (step, train_loss, val_loss, learning_rate(step, train), state.grad_norm)
-        state.history.append(dict(zip(HISTORY, values, strict=True)))
+        losses = {"train_loss": train_loss, "val_loss": val_loss}
+        rate = learning_rate(step, train)  # as a fraction of its peak
+        state.history.append({"step": step, **losses, "learning_rate": rate, "grad_norm": state.grad_norm})
         if self.observer:
-            self.observer.metrics(step, {"train_loss": train_loss, "val_loss": val_loss})
+            self.observer.metrics(step, losses)
             self.observer.upload()
         state.evaluations_since_best += 1
         better = val_loss < state.best_loss or not self.best
@@ -248,8 +227,8 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = val_loss, step, 0
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if self.group.is_main:
-            mark = "   best" if better else ""
-            tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{mark}")
+            best = "   best" if better else ""
+            tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{best}")
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last step."""
@@ -260,11 +239,7 @@ class Trainer:
         self.checkpoints.save(Checkpoint(self._tensors(), self.state), self.group)
 
     def _read(self, scalars: tuple[int, list[float]] | None) -> int:
-        """Record the scalars of a step. Return the sum of the ranks' requests.
-
-        Raises:
-            UserError: the loss or the gradient is not finite.
-        """
+        """Record the scalars of a step. Return the sum of the ranks' requests."""
         if scalars is None:
             return CONTINUE
         step, (loss, norm, requests) = scalars
@@ -279,28 +254,22 @@ class Trainer:
         self.state.grad_norm = norm
         return int(requests)
 
-    def _log(self, bar: tqdm[Any], seconds: float) -> None:
-        """Report the mean loss and the speed since the last report, ``seconds`` ago."""
-        loss = sum(self._losses) / len(self._losses)
-        speed = len(self._losses) * self.train.batch_size * self.block_size / max(seconds, 1e-9)
+    def _log(self, seconds: float) -> str:
+        """Report the mean loss and the speed since the last report, ``seconds`` ago. Return them as text."""
+        state, train, count = self.state, self.train, len(self._losses)
+        loss, speed = sum(self._losses) / count, count * train.batch_size * self.block_size / max(seconds, 1e-9)
         self._losses.clear()
-        rate = self.train.learning_rate * learning_rate(self.state.step - 1, self.train)
-        values = {
-            "batch_loss": loss,
-            "learning_rate": rate,
-            "grad_norm": self.state.grad_norm,
-            "chars_per_second": speed,
-        }
+        rate = train.learning_rate * learning_rate(state.step - 1, train)
         if self.observer:
-            self.observer.metrics(self.state.step, values)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} characters/s", refresh=False)
+            values = {"batch_loss": loss, "learning_rate": rate, "grad_norm": state.grad_norm}
+            self.observer.metrics(state.step, values | {"chars_per_second": speed})
+        return f"loss {loss:.3f}, {speed:,.0f} characters/s"
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint: weights, best weights, optimizer state."""
         weights = self.model.state_dict()
-        tensors = {f"weights.{name}": value for name, value in weights.items()}
-        tensors |= {f"best.{name}": value for name, value in (self.best or weights).items()}
-        return tensors | {f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()}
+        parts = {"weights": weights, "best": self.best or weights, "optimizer": self.optimizers.tensors()}
+        return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     def _resume(self) -> None:
         """Load the newest intact checkpoint, and report where training starts."""
@@ -316,9 +285,8 @@ class Trainer:
             messages.append("starting from step 0: no checkpoint of this training is intact")
         elif self.checkpoints.count_others():
             messages.append("starting from step 0: the unfinished trainings here have other params, data or code")
-        if self.group.is_main:
-            for message in messages:
-                tqdm.write(f"minigpt: {message}")
+        for message in messages if self.group.is_main else ():
+            tqdm.write(f"minigpt: {message}")
 
     def _metrics(self) -> dict[str, float]:
         """Return the training in numbers: losses in nats per character, times in seconds."""
@@ -327,21 +295,16 @@ class Trainer:
         characters = state.step * self.train.batch_size * self.block_size
         flops = self.model.flops_per_character() * characters / seconds
         metrics = {
-            "best_step": state.best_step,
-            "val_loss": best["val_loss"],
-            "train_loss": best["train_loss"],
+            "best_step": state.best_step, "val_loss": best["val_loss"], "train_loss": best["train_loss"],
             "last_val_loss": state.history[-1]["val_loss"],
-            "steps": state.step,
-            "parameters": self.model.num_parameters(),
-            "train_seconds": round(seconds, 2),
-            "chars_per_second": round(characters / seconds),
+            "steps": state.step, "parameters": self.model.num_parameters(),
+            "train_seconds": round(seconds, 2), "chars_per_second": round(characters / seconds),
             "model_gflops": round(flops / 1e9, 3),
-        }
+        }  # fmt: skip
         if self.group.device.type == "cuda":
             metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.group.device)
             name = torch.cuda.get_device_name(self.group.device)
-            peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
-            if peak:
+            if peak := next((value for part, value in PEAK_FLOPS.items() if part in name), None):
                 metrics["mfu"] = round(flops / (peak * self.group.world_size), 4)
         return metrics
 

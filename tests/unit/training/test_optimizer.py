@@ -27,7 +27,7 @@ def test_muon_updates_a_batch_like_single_matrices():
     weights.append(torch.randn(20, 4))
     maps = [3, 1, 1, 1, 1, 2]
     ours = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = Muon(zip(ours, maps, strict=True), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
+    muon = Muon(list(zip(ours, maps, strict=True)), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
     expected, means = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
     for _ in range(3):
         for index, p in enumerate(ours):
