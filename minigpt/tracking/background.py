@@ -7,40 +7,30 @@ from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import describe_error
 from minigpt.tracking.uploader import Uploader
 
+# Total seconds that a stage waits for a remote store. `minigpt sync` sends the records that remain.
 MAX_WAIT = 4.0
-"""Total seconds that a stage waits for a remote store. `minigpt sync` sends the records that remain."""
-
+# Seconds without progress after which a store counts as unreachable, and seconds before it is waited for again.
 UNREACHABLE_AFTER, RETRY_AFTER = 2.0, 600
-"""Seconds without progress after which a store counts as unreachable, and seconds before it is waited for again."""
-
+# Seconds that a stage waits for a store that was recently unreachable, to learn the reason.
 SHORT_WAIT = 0.25
-"""Seconds that a stage waits for a store that was recently unreachable, to learn the reason."""
 
 
 class BackgroundUploader:
-    """Sends one journal: in a thread to a remote store, and in the caller's thread to a local one.
-
-    Attributes:
-        error: error of the last attempt; None if it succeeded.
-        remaining_wait: total seconds that ``wait`` may still take. It is SHORT_WAIT if a process has recently waited
-            for this store without success, until the store accepts records again.
-    """
+    """Sends one journal: in a thread to a remote store, and in the caller's thread to a local one."""
 
     def __init__(self, uploader: Uploader, journal: Journal) -> None:
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # of the last attempt
         self._uploader, self._journal = uploader, journal
         marker = uploader.unreachable_marker
         self._recently_unreachable = marker.exists() and abs(time.time() - marker.stat().st_mtime) < RETRY_AFTER
+        # Total seconds that `wait` may still take, until a store that was unreachable accepts records again.
         self.remaining_wait = SHORT_WAIT if self._recently_unreachable else MAX_WAIT
         self._requested = self._attempted = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def request(self) -> None:
-        """Request an upload of the new records. A local store has them on return.
-
-        After a failure of a local store, requests are ignored until ``error`` is reset.
-        """
+        """Request an upload of new records. A local store has them on return, unless ``error`` was set."""
         if self._uploader.store.local and self.error is None:
             self._try()
         if self._uploader.store.local or not self._uploader.missing(self._journal):

@@ -22,11 +22,7 @@ from minigpt.tracking.journal import EXPERIMENT
 from minigpt.tracking.store import Store, dagshub_page, describe_error
 from minigpt.tracking.uploader import TIMEOUT
 
-REMOTE = "dagshub"
-"""Name of the remote in DVC and git."""
-
-EMPTY_FILE = "files/md5/d4/1d8cd98f00b204e9800998ecf8427e"
-"""Path of the empty file in a DVC remote. Testing a remote with it leaves a valid object there."""
+REMOTE = "dagshub"  # in DVC and git
 
 SUMMARY = """
   tested      wrote to {storage}; found the experiments of {page}.mlflow
@@ -54,11 +50,7 @@ def read_token() -> str:
 
 
 def connect(repo: str, token: str) -> None:
-    """Test the storage and MLflow of ``user/repo`` on DagsHub, set the remotes of DVC and git, and print a summary.
-
-    Raises:
-        UserError: this is not a DVC repository, git would track the token, or DagsHub refuses.
-    """
+    """Test the storage and MLflow of ``user/repo`` on DagsHub, set the remotes of DVC and git, and print a summary."""
     from dvc.config import Config
 
     page = dagshub_page(repo)
@@ -74,14 +66,12 @@ def connect(repo: str, token: str) -> None:
         raise UserError(f"{page}.mlflow: cannot open the experiment: {describe_error(error)}") from None
 
     config = Config(Path(".dvc").resolve())
-    # No validation: the local half may still have the settings of another form.
-    with config.edit("repo", validate=False) as shared:
-        shared["remote"][REMOTE] = public
-        shared["core"]["remote"] = REMOTE
-    # The local half has all settings, because commits from before this one lack the shared half.
-    with config.edit("local") as local:
-        local["remote"][REMOTE] = public | private
-        local["core"]["remote"] = REMOTE
+    # The local half has all settings, because commits from before this one lack the shared half. The shared half is
+    # not validated, because the local half may still have the settings of another form.
+    for level, settings in (("repo", public), ("local", public | private)):
+        with config.edit(level, validate=level == "local") as edited:
+            edited["remote"][REMOTE] = settings
+            edited["core"]["remote"] = REMOTE
     os.chmod(".dvc/config.local", 0o600)
     git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout
     if REMOTE not in git_remotes.split():
@@ -117,7 +107,8 @@ def check_remote(public: dict[str, str], private: dict[str, str]) -> None:
         settings = {"remote": {f"{REMOTE}-test": public | private}}
         with Repo(config=settings) as repo, tempfile.NamedTemporaryFile() as empty:
             remote = repo.cloud.get_remote(f"{REMOTE}-test")
-            path = remote.fs.join(remote.path, *EMPTY_FILE.split("/"))
+            # The path that DVC gives an empty file, so that the test leaves a valid object in the remote.
+            path = remote.fs.join(remote.path, "files", "md5", "d4", "1d8cd98f00b204e9800998ecf8427e")
             remote.fs.put_file(empty.name, path)
             if remote.fs.fs.cat_file(path):
                 remote.fs.fs.rm_file(path)

@@ -14,18 +14,12 @@ from filelock import FileLock
 
 from minigpt.files import fsync, workspace
 
-EXPERIMENT = "minigpt"
-"""Default name of the MLflow experiment. Overridden by MLFLOW_EXPERIMENT_NAME."""
-
-PARAM_LENGTH, TAG_LENGTH = 500, 5000
-"""Longest values of params and tags that old MLflow servers accept, in characters."""
+EXPERIMENT = "minigpt"  # default name of the MLflow experiment, overridden by MLFLOW_EXPERIMENT_NAME
+PARAM_LENGTH, TAG_LENGTH = 500, 5000  # characters of params and tags that old MLflow servers accept
 
 
 class Journal:
-    """Append-only log of one run: lines of JSON in ``.journal/<key>/journal.jsonl`` of the main workspace.
-
-    ``key`` identifies the run by 32 hexadecimal digits.
-    """
+    """Append-only log of the run ``key``: JSON lines in ``.journal/<key>/journal.jsonl`` of the main workspace."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -64,9 +58,8 @@ class Journal:
         """Record metrics at a step. Steps that a resumed training repeats are ignored."""
         with self._lock:
             if self._last_steps is None:
-                self._last_steps = {}
-                for record in self.records("metrics"):
-                    self._last_steps |= dict.fromkeys(record["values"], record["step"])
+                recorded = self.records("metrics")
+                self._last_steps = {name: record["step"] for record in recorded for name in record["values"]}
             fresh = {name: value for name, value in values.items() if step > self._last_steps.get(name, -1)}
             if fresh:
                 self._last_steps |= dict.fromkeys(fresh, step)
@@ -100,9 +93,7 @@ class Journal:
         A file that is already recorded with the same bytes is skipped.
         """
         recorded = {record["path"]: record.get("digest") for record in self.records("artifact")}
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_dir():
-                continue
+        for file in sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else [path]:
             name = PurePosixPath(folder, path.name, file.relative_to(path).as_posix()).as_posix()
             copy, digest = self.folder / "artifacts" / name, hashlib.sha256(file.read_bytes()).hexdigest()
             if recorded.get(name) == digest and copy.exists():

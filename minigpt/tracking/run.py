@@ -1,7 +1,5 @@
 """A run as the stages see it: they record to a journal, and a background upload sends it to the store."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -9,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from minigpt.errors import UserError
 from minigpt.params import Params, flatten
@@ -19,15 +19,9 @@ from minigpt.tracking.store import describe_error, resolve_tracking_uri
 from minigpt.tracking.system_metrics import Monitor, describe_device
 from minigpt.tracking.uploader import Uploader
 
-if TYPE_CHECKING:
-    import torch
-
 
 class Tracker:
-    """Records one run in its journal and uploads it.
-
-    ``display_uri`` is the store of the run, without credentials.
-    """
+    """Records one run in its journal and uploads it."""
 
     def __init__(self, key: str) -> None:
         self.journal = Journal(key)
@@ -95,11 +89,8 @@ class Tracker:
         self._background.request()
         if self._background.error and not self._failure_reported:
             self._failure_reported = True
-            print(
-                f"minigpt: {self.display_uri} does not accept the run: {describe_error(self._background.error)}; "
-                "training continues, and the journal keeps all records",
-                file=sys.stderr,
-            )
+            problem = f"{self.display_uri} does not accept the run: {describe_error(self._background.error)}"
+            print(f"minigpt: {problem}; training continues, and the journal keeps all records", file=sys.stderr)
 
     def finish(self) -> None:
         """Upload the remaining records. If that takes too long, report how to send them later."""
@@ -108,11 +99,9 @@ class Tracker:
             self._background.error = None
         self._background.request()
         if reason := self._background.wait():
-            print(
-                f"minigpt: {self._uploader.missing(self.journal)} records of run {self.journal.key[:8]} are not in "
-                f"{self.display_uri} yet: {reason}; run `minigpt sync` to send them",
-                file=sys.stderr,
-            )
+            missing = f"{self._uploader.missing(self.journal)} records of run {self.journal.key[:8]}"
+            problem = f"{missing} are not in {self.display_uri} yet: {reason}"
+            print(f"minigpt: {problem}; run `minigpt sync` to send them", file=sys.stderr)
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Call an action that only tracking needs. An error is reported and does not end the training."""

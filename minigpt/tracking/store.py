@@ -24,31 +24,21 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-RUN_TAG = "minigpt.run"
-"""MLflow tag that holds the key of a run. Runs are looked up by it."""
-
-NETWORK_ERRORS = {
+RUN_TAG = "minigpt.run"  # MLflow tag that holds the key of a run, by which it is looked up
+NETWORK_ERRORS = {  # parts of the HTTP library's messages, and the message that is shown instead
     "Connection refused": "connection refused",
     "NameResolutionError": "unknown host",
     "timed out": "request timed out",
     "Connection aborted": "connection aborted",
 }
-"""Parts of the HTTP library's messages, and the message that is shown instead."""
 
 
 class Store:
-    """Client of one tracking store.
-
-    Requests count as lost after ``timeout`` seconds, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set.
-
-    Attributes:
-        display_uri: the URI without credentials, safe to print.
-        local: whether the store is on this machine.
-    """
+    """Client of one tracking store. ``timeout`` is in seconds, and is overridden by MLFLOW_HTTP_REQUEST_TIMEOUT."""
 
     def __init__(self, uri: str, timeout: int) -> None:
         self.uri, self.timeout = uri, timeout
-        self.display_uri = re.sub("://[^/]*@", "://", uri)
+        self.display_uri = re.sub("://[^/]*@", "://", uri)  # without credentials, safe to print
         self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
@@ -72,11 +62,7 @@ class Store:
         return self._client
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an experiment. The experiment is created if it does not exist.
-
-        Raises:
-            UserError: the experiment was deleted in the store.
-        """
+        """Return the id of an experiment. Create it if it does not exist; if it was deleted, raise UserError."""
         from mlflow.exceptions import MlflowException
 
         if name in self._experiments:
@@ -106,9 +92,9 @@ class Store:
 
     def create_run(self, journal: Journal) -> str:
         """Create the run of a journal and return its id."""
-        named = next(iter(journal.records("name")), {"name": journal.key[:8], "restored": False})
-        tags = {"restored": "DVC restored the training from its cache; its metrics are elsewhere"}
-        tags = {RUN_TAG: journal.key} | (tags if named["restored"] else {})
+        named, tags = next(iter(journal.records("name")), {"name": journal.key[:8]}), {RUN_TAG: journal.key}
+        if named.get("restored"):
+            tags["restored"] = "DVC restored the training from its cache; its metrics are elsewhere"
         start = journal.records()[0]["time"]
         created = self.connect().create_run(self._experiment_of(journal), start, tags, named["name"])
         return str(created.info.run_id)
@@ -177,11 +163,7 @@ class Store:
 
 
 def resolve_tracking_uri() -> str:
-    """Return the tracking URI. Credentials move to the environment variables that MLflow reads.
-
-    Raises:
-        UserError: DAGSHUB_REPO is not of the form user/repo.
-    """
+    """Return the tracking URI. Credentials move to the environment variables that MLflow reads."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         parts = urlsplit(uri)
         if parts.scheme.startswith("http") and "@" in parts.netloc:

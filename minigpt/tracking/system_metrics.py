@@ -1,31 +1,23 @@
 """System metrics: a description of the training device, and the load of the machine over time."""
 
-from __future__ import annotations
-
 import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
+import torch
 
 from minigpt.runtime.cpu import cpu_info
 
-if TYPE_CHECKING:
-    import torch
-
-INTERVAL = 10.0
-"""Seconds between two measurements."""
-
+INTERVAL = 10.0  # seconds between two measurements
+# Names in MLflow, and the divisors that convert NVML's units (percent, bytes, milliwatts).
 GPU_METRICS = {"utilization_percentage": 1, "memory_usage_megabytes": 2**20, "power_usage_watts": 1000}
-"""Names in MLflow, and the divisors that convert NVML's units (percent, bytes, milliwatts)."""
 
 
 def describe_device(device: torch.device) -> str:
     """Return the name of a GPU, or the model of the CPU and the number of torch's threads."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_info('model name') or platform.machine()}, {torch.get_num_threads()} threads"
@@ -65,18 +57,14 @@ class Monitor:
     def _run(self) -> None:
         psutil.cpu_percent()  # each later call returns the mean load since the previous call
         stopped = False
-        while not stopped:
-            stopped = self._stopped.wait(INTERVAL)
-            try:
+        with suppress(OSError):  # the disk is full, which the training itself reports
+            while not stopped:
+                stopped = self._stopped.wait(INTERVAL)
                 self._record(self.measure())
-            except OSError:  # the disk is full, which the training itself reports
-                return
 
 
 def open_gpus() -> list[Any]:
     """Return NVML handles of the GPUs that torch sees, in torch's order; none without NVML or a driver."""
-    import torch
-
     try:
         import pynvml
     except ImportError:

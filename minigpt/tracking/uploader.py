@@ -11,45 +11,35 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
 from minigpt.tracking.journal import Journal, locked
 from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
 
-T = TypeVar("T")
-Entry = tuple[dict[str, Any], int]
-"""A record, and the offset in the journal at which it ends."""
+Entry = tuple[dict[str, Any], int]  # a record, and the offset in the journal at which it ends
 
-TIMEOUT, SYNC_TIMEOUT = 10, 60
-"""Seconds until a request counts as lost, during a stage and in `sync`."""
-
+TIMEOUT, SYNC_TIMEOUT = 10, 60  # seconds until a request counts as lost, during a stage and in `sync`
+# Consecutive retries of `sync` without progress. Seconds before the first one, doubled for each later one.
 RETRIES, RETRY_DELAY = 3, 1.0
-"""Consecutive retries of `sync` without progress. Seconds before the first one, doubled for each later one."""
-
-METRICS_PER_REQUEST = 1000
-"""Limit of MLflow's API."""
-
+METRICS_PER_REQUEST = 1000  # limit of MLflow's API
+# Files sent concurrently. Each is one request, and a server spends most of a request on checking the password.
 PARALLEL_UPLOADS = 8
-"""Files sent concurrently. Each is one request, and a server spends most of a request on checking the password."""
 
 
 class Uploader:
-    """Sends journals to a store: each record once and in order, even after interruptions.
-
-    Attributes:
-        display_uri: the URI without credentials, safe to print.
-        sent: number of records sent so far, over all journals.
-        last_success: time of the last accepted request, by ``time.monotonic``.
-    """
+    """Sends journals to a store: each record once and in order, even after interruptions."""
 
     def __init__(self, uri: str, timeout: int = TIMEOUT) -> None:
         self.store = Store(uri, timeout)
         self.display_uri = self.store.display_uri
-        self.sent, self.last_success = 0, -math.inf
+        self.sent = 0  # records, over all journals
+        self.last_success = -math.inf  # time of the last accepted request, by time.monotonic
         self._run_ids: dict[str, str] = {}
         self._digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
+        # A stage touches this file after it has waited for the store without success.
+        self.unreachable_marker = workspace() / ".journal" / f"away-{self._digest}"
 
     def send(self, journal: Journal, check: bool = False) -> None:
         """Send the records that the store does not have yet, or raise the error of MLflow.
@@ -67,11 +57,6 @@ class Uploader:
     def missing(self, journal: Journal) -> int:
         """Return the number of records that are not known to be in the store."""
         return len(journal.since(Progress(self._progress_path(journal), journal.size).sent))
-
-    @property
-    def unreachable_marker(self) -> Path:
-        """File whose modification time is the last time that a stage waited for the store without success."""
-        return workspace() / ".journal" / f"away-{self._digest}"
 
     def _progress_path(self, journal: Journal) -> Path:
         return journal.folder / f"sent-{self._digest}.json"
@@ -120,9 +105,8 @@ class Progress:
     If the file is missing or unreadable, for example truncated by a crash, progress restarts from 0 and every byte
     ``written`` to the journal counts as possibly sent.
 
-    Attributes:
-        sent: offset in the journal up to which all records are in the store.
-        in_flight: offset up to which records were in a request. They may be in the store if its response was lost.
+    All records up to the offset ``sent`` are in the store. Those up to ``in_flight`` were in a request, and may be in
+    the store if its response was lost.
     """
 
     def __init__(self, path: Path, written: int, display_uri: str = "") -> None:
@@ -157,7 +141,7 @@ def _batches(pending: list[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _in_parallel(action: Callable[[T], None], items: list[T]) -> Iterator[T]:
+def _in_parallel(action: Callable[[Entry], None], items: list[Entry]) -> Iterator[Entry]:
     """Call ``action`` on each item, PARALLEL_UPLOADS at a time; yield the items in order when they are done.
 
     The first item goes alone: an unreachable store then gets one request, and MLflow looks up only once where the
@@ -166,7 +150,7 @@ def _in_parallel(action: Callable[[T], None], items: list[T]) -> Iterator[T]:
     """
     action(items[0])
     yield items[0]
-    calls: list[tuple[T, Future[None]]] = [(item, Future()) for item in items[1:]]
+    calls: list[tuple[Entry, Future[None]]] = [(item, Future()) for item in items[1:]]
     waiting, stop = iter(calls), threading.Event()
 
     def work() -> None:
@@ -197,8 +181,7 @@ def _in_parallel(action: Callable[[T], None], items: list[T]) -> Iterator[T]:
 def sync() -> int:
     """Send every run of this workspace to the store, oldest first, and return their number.
 
-    Raises:
-        UserError: the store refused some runs, or is unreachable. Records sent before the error stay in the store.
+    If the store is unreachable or refuses some runs, raise UserError. Records sent before that stay in the store.
     """
     uploader = Uploader(resolve_tracking_uri(), SYNC_TIMEOUT)
     journals = [Journal(path.parent.name) for path in (workspace() / ".journal").glob("*/journal.jsonl")]

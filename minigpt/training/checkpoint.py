@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -29,11 +28,10 @@ from minigpt.files import atomic_directory, write_json
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-TRAINING_CODE = (
+TRAINING_CODE = (  # what training imports of the library: the same as in the dependencies of the stage train
     "training", "evaluation/loss.py", "data", "runtime/cpu.py", "runtime/device.py", "runtime/distributed.py",
     "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
 )  # fmt: skip
-"""Files and folders of the library that training imports: the same as in the dependencies of the stage train."""
 
 
 def fingerprint(params: Params, corpus_digest: str) -> str:
@@ -83,11 +81,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from running this training. The lock of a killed process frees itself.
-
-        Raises:
-            UserError: another process is running this training.
-        """
+        """Keep other processes from running this training; raise UserError if one does. A killed one loses the lock."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(self.folder.with_suffix(".lock")), self.folder.with_suffix(".pid")
         try:
@@ -168,8 +162,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _step_folders(self) -> list[Path]:
-        folders = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
     def _newest_intact(self, like: dict[str, Tensor], sharded: bool) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest intact checkpoint. Tensors of a sharded model are not read yet."""

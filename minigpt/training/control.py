@@ -14,20 +14,17 @@ from minigpt.errors import Interrupted
 from minigpt.runtime.cpu import ancestors
 from minigpt.runtime.distributed import ProcessGroup
 
+# Maximum interval between checkpoints. Overridden by MINIGPT_CHECKPOINT_SECONDS and MINIGPT_CHECKPOINT_STEPS.
 CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
-"""Maximum interval between checkpoints. Overridden by MINIGPT_CHECKPOINT_SECONDS and MINIGPT_CHECKPOINT_STEPS."""
-
-HANDLED = (signal.SIGINT, signal.SIGTERM)
-
+# Requests of a rank, and decisions of all ranks. Only rank 0 requests SAVE, so a sum >= STOP means stop.
 CONTINUE, SAVE, STOP = 0, 1, 2
-"""Requests of a rank, and decisions of all ranks. Only rank 0 requests SAVE, so a sum >= STOP means stop."""
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class DeferredScalars:
     """Scalars of a step, read one step later so that the host never waits for the GPU."""
 
-    def __init__(self) -> None:
-        self._pending: tuple[int, Tensor, torch.cuda.Event] | None = None
+    _pending: tuple[int, Tensor, torch.cuda.Event] | None = None
 
     def push(self, step: int, values: Tensor) -> tuple[int, list[float]] | None:
         """Store the values of a step and return those of the step before; on a CPU, return the new ones."""
@@ -128,7 +125,7 @@ class Control:
         self.restart_timer(step)
 
     def decide(self, step: int, total: int) -> int:
-        """Update this rank's request after ``step`` steps. Return the decision of all ranks: CONTINUE, SAVE or >= STOP.
+        """Update this rank's request after ``step`` steps. Return the decision: CONTINUE, SAVE or >= STOP.
 
         With several ranks, it is ``total``, the sum of requests in the last step that was read.
         """

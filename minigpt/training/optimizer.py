@@ -1,6 +1,5 @@
 """Optimizers: AdamW, Muon, and the learning rate as a pure function of the step."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from minigpt.model import GPT
 from minigpt.params import TrainParams
 from minigpt.runtime.distributed import from_local, full_tensor, shard_like, to_local
 
-MAX_BATCH_ELEMENTS = 1 << 26
-"""Maximum number of elements that are orthogonalized in one batch, unless a single matrix has more."""
+MAX_BATCH_ELEMENTS = 1 << 26  # orthogonalized in one batch, unless a single matrix has more
 
 
 def learning_rate(step: int, train: TrainParams) -> float:
@@ -137,13 +135,14 @@ class Optimizers:
         for p in (p for group in groups for p in group["params"]):
             means = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[p] = {"step": torch.zeros((), device=p.device, dtype=torch.float32), **means}
-        for group in self._groups():
+        self._groups = [group for optimizer in self.all for group in optimizer.param_groups]
+        for group in self._groups:
             group["peak"] = group["lr"]
 
     def step(self, step: int, found_inf: Tensor | None = None) -> None:
         """Update the weights with the learning rate of ``step``, unless ``found_inf``, on the device, is not 0."""
         fraction = learning_rate(step, self.train)
-        for group in self._groups():
+        for group in self._groups:
             group["lr"] = group["peak"] * fraction
         for own, weight in self._weights.items():
             if own is not weight:
@@ -151,10 +150,6 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
-
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self.all:
-            yield from optimizer.param_groups
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by stable names such as ``0.12.exp_avg``, each tensor sharded like its weight."""
@@ -169,11 +164,5 @@ class Optimizers:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Load the state that :meth:`tensors` returned."""
-        for number, optimizer in enumerate(self.all):
-            state = optimizer.state_dict()
-            state["state"] = {}
-            for key, value in tensors.items():
-                which, index, name = key.split(".")
-                if int(which) == number:
-                    state["state"].setdefault(int(index), {})[name] = to_local(value)
-            optimizer.load_state_dict(state)
+        for name, value in self.tensors().items():
+            to_local(value).copy_(to_local(tensors[name]))

@@ -22,14 +22,10 @@ from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
 from minigpt.training.optimizer import Optimizers, learning_rate
 
-COMPILE_STEPS = 2000
-"""Number of steps from which compiling for a GPU pays for the minute that it takes."""
-
+COMPILE_STEPS = 2000  # from here on, compiling for a GPU pays for the minute that it takes
+TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
+# Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions).
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
-"""Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions)."""
-
-TRAIN_SAMPLE = 1 << 15
-"""Characters of the training split that an evaluation scores."""
 
 
 class Observer(Protocol):
@@ -60,11 +56,6 @@ class Trainer:
     """Training of one model, by the sections ``model`` and ``train`` of the params.
 
     The corpus is on the group's device. The caller holds the lock of the checkpoints. Only rank 0 has an observer.
-
-    Attributes:
-        state: progress so far.
-        best: the weights with the lowest validation loss so far; empty before the first evaluation.
-        clock: time spent on training.
     """
 
     def __init__(
@@ -87,7 +78,7 @@ class Trainer:
         self.logits: Callable[[Tensor], Tensor] = self.parallel
         self.optimizers = Optimizers(self.model, self.train, self.model.compute_dtype or torch.float32)
         self.found_inf = torch.zeros((), device=group.device)
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # weights with the lowest validation loss so far
         self.state, self.clock = TrainState(), Stopwatch(0.0)
         self._losses: list[float] = []
 
@@ -150,11 +141,7 @@ class Trainer:
         )
 
     def compile_model(self, step: int) -> None:
-        """Compile the model for training, on the batch of ``step``. Weights do not change.
-
-        Raises:
-            UserError: it does not compile on this machine, and ``train.compile`` is "always".
-        """
+        """Compile the model for training, on the batch of ``step``. Weights do not change."""
         from torch._dynamo.exc import TorchDynamoException
 
         self.logits = torch.compile(self.parallel)
