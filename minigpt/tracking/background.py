@@ -23,7 +23,7 @@ class BackgroundUploader:
         self._uploader, self._journal = uploader, journal
         marker = uploader.unreachable_marker
         self._recently_unreachable = marker.exists() and abs(time.time() - marker.stat().st_mtime) < RETRY_AFTER
-        # Total seconds that `wait` may still take, until a store that was unreachable accepts records again.
+        # Total seconds that `wait` may still take. SHORT_WAIT becomes MAX_WAIT when the store accepts records again.
         self.remaining_wait = SHORT_WAIT if self._recently_unreachable else MAX_WAIT
         self._requested = self._attempted = 0
         self._changed = threading.Condition()

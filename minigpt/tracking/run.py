@@ -32,10 +32,7 @@ class Tracker:
         self._failure_reported = False
 
     def begin(self, params: Params, digest: str, sizes: dict[str, int], device: torch.device) -> None:
-        """Record the start of a training: params, git commit, device, and digest and split sizes of the dataset.
-
-        A resumed training records only its device.
-        """
+        """Record the start of a training on a dataset with this digest and these split sizes, or only its resume."""
         journal, model = self.journal, params.model
         starts = self._count_starts()
         if not starts:

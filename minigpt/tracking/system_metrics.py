@@ -69,13 +69,12 @@ def open_gpus() -> list[Any]:
         import pynvml
     except ImportError:
         return []
-    try:
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         # NVML's indices ignore CUDA_VISIBLE_DEVICES; UUIDs do not depend on it.
         uuids = [torch.cuda.get_device_properties(index).uuid for index in range(torch.cuda.device_count())]
         return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
-    except pynvml.NVMLError:
-        return []
+    return []
 
 
 def read_gpu(gpu: Any) -> dict[str, int]:

@@ -81,7 +81,7 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from running this training; raise UserError if one does. A killed one loses the lock."""
+        """Keep other processes from running this training; raise UserError if one does. Its death frees the lock."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock, holder = FileLock(self.folder.with_suffix(".lock")), self.folder.with_suffix(".pid")
         try:
@@ -135,8 +135,7 @@ class Checkpoints:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest intact checkpoint, if there is one. Return it and a message for each damaged one.
 
-        All ranks must call, and all get the checkpoint that rank 0 finds. Its tensors must have the names and shapes of
-        ``like``, and get the same devices and shards.
+        All ranks must call. Tensors have the names and shapes of ``like``, and get the same devices and shards.
         """
         found, damaged = self._newest_intact(like, group.sharded) if group.is_main else (None, [])
         state, damaged = group.broadcast_object((found.state if found else None, damaged))
@@ -162,7 +161,8 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _step_folders(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        folders = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
     def _newest_intact(self, like: dict[str, Tensor], sharded: bool) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest intact checkpoint. Tensors of a sharded model are not read yet."""

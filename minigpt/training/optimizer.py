@@ -46,7 +46,6 @@ class Muon(torch.optim.Optimizer):
     Args:
         matrices: 2D parameters, each with the number of equal linear maps stacked in its rows. Each map is
             orthogonalized separately.
-        lr: learning rate.
         momentum: decay of the mean of gradients (Nesterov).
         weight_decay: per unit of learning rate.
         dtype: dtype of the Newton-Schulz iteration.
