@@ -22,7 +22,7 @@ from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
 from minigpt.training.optimizer import Optimizers, learning_rate
 
-COMPILE_STEPS = 2000  # from here on, compiling for a GPU pays for the minute that it takes
+COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
 TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
 # Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions).
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
