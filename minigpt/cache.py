@@ -19,7 +19,7 @@ class CacheSlice:
 
     positions: slice | Tensor  # of the new characters in their sequences; as a tensor, int64 (T,)
     slots: slice | Tensor  # where their keys and values are stored, likewise
-    visible: tuple[int, int]  # the first slot that any of them attends to, and the number of slots from there
+    visible: tuple[int, int]  # first slot that any of them attends to, and number of slots
     mask: Tensor | None  # 0 and -inf, (T, visible slots); None if all visible slots are attended to
 
 

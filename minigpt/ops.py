@@ -1,7 +1,7 @@
 """Faster equivalents of plain formulas, each below the formula that it equals.
 
-``model.py`` reads the same with the plain formulas in place of these functions, and a test compares each pair. They
-matter on a CPU, where a training step is bound by the number of passes over memory.
+A test compares each pair: ``model.py`` would compute the same with the plain formulas. The fast ones matter on a CPU,
+where a training step is bound by the number of passes over memory.
 
 Shapes in comments: B sequences, T characters, H heads of S = head_size channels.
 """

@@ -16,7 +16,7 @@ from minigpt.model import GPT, Linear, Norm
 from minigpt.runtime.device import has_bfloat16
 
 WeightDtype = Literal["float32", "bfloat16", "int8"]
-"""What the weights of linear maps are rounded to; float32 leaves them as they are."""
+"""Formats of the weights of linear maps; float32 leaves them as they are."""
 
 
 def choose_weight_dtype(name: str, device: torch.device) -> WeightDtype:

@@ -13,7 +13,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's b
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_decoders(tmp_path_factory):
-    """A cache folder of the tests' own for what they compile."""
+    """Cache folder for compiled decoders, separate from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

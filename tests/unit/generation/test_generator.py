@@ -19,7 +19,7 @@ LEARNED = {"positions": "learned", "embd_conv": 1}
 
 
 class PlainGenerator:
-    """Text by full forward passes, without a cache: what a generator must write."""
+    """Text by full forward passes, without a cache, as the oracle."""
 
     def __init__(self, model):
         self.model, self.tokenizer = model, Tokenizer(CHARACTERS)

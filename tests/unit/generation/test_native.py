@@ -21,7 +21,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 
 @pytest.fixture(params=["single products", "products of pairs", "x86-64"])
 def processor(request, monkeypatch):
-    """What the decoder is compiled for; x86-64 has no vectors of 64 bytes."""
+    """Target of the compilation; plain x86-64 has no vectors of 64 bytes."""
     if shutil.which("g++") is None or (request.param == "x86-64" and platform.machine() not in ("x86_64", "AMD64")):
         pytest.skip(f"needs g++ for {request.param}")
     if request.param == "products of pairs" and "avx512_bf16" not in cpu.cpu_info("flags").split():
