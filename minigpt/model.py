@@ -91,9 +91,8 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         H, S = self.config.n_head, self.config.head_size
-        qkv = self.qkv(x).view(B, T, 3, H, S).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, H, T, S)
-        if cache is not None:
-            qkv = qkv.to(cache.keys.dtype)
+        qkv = self.qkv(x).view(B, T, 3, H, S).permute(2, 0, 3, 1, 4)  # (3, B, H, T, S)
+        qkv = qkv.contiguous() if cache is None else qkv.to(cache.keys.dtype)
         qk, (v,) = qkv.split((2, 1))
         if self.config.qk_norm:
             qk = F.layer_norm(qk, (S,))
@@ -138,8 +137,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); the other arguments are those of :meth:`Attention.forward`."""
-        x = x + self.dropout(self.attention(self.norm1(x), mask, rotary, cache))
-        return x + self.dropout(self.feed_forward(self.norm2(x)))
+        y = self.attention(self.norm1(x), mask, rotary, cache)
+        x = x + (self.dropout(y) if self.training else y)
+        y = self.feed_forward(self.norm2(x))
+        return x + (self.dropout(y) if self.training else y)
 
 
 class GPT(nn.Module):

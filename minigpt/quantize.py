@@ -37,14 +37,13 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return integers.to(torch.int8), scales
 
 
-class BFloat16Linear(nn.Module):
+class BFloat16Linear:
     """Linear map with bfloat16 weights, for bfloat16 inputs.
 
     On a CPU the weight is prepacked in oneDNN's own layout: packed again in every call, a product takes twice as long.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
         self.weight = weight.bfloat16()
         self.bias = None if bias is None else bias.detach().bfloat16()
         onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -52,7 +51,7 @@ class BFloat16Linear(nn.Module):
         if self.prepacked:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""
         if not self.prepacked:
             return F.linear(x, self.weight, self.bias)
@@ -60,20 +59,19 @@ class BFloat16Linear(nn.Module):
         return product
 
 
-class Int8Linear(nn.Module):
+class Int8Linear:
     """Linear map with int8 weights on a CPU, for bfloat16 inputs: the product multiplies in bfloat16.
 
     It takes 32 inputs at a time, so the weight is padded with zeros.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
         integers, self.scales = quantize_int8(weight)
         self.padding = -integers.size(1) % 32
         self.weight = F.pad(integers, (0, self.padding))
         self.bias = None if bias is None else bias.detach().bfloat16()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""
         rows = F.pad(x, (0, self.padding)) if self.padding else x
         y = torch._weight_int8pack_mm(rows.flatten(0, -2), self.weight, self.scales).view(*x.shape[:-1], -1)
@@ -93,13 +91,16 @@ def quantize(model: GPT, dtype: WeightDtype) -> GPT:
     for module in list(quantized.modules()):
         if isinstance(module, Norm) and module.weight is not None and module.bias is not None:
             module.weight, module.bias = (nn.Parameter(p.bfloat16()) for p in (module.weight, module.bias))
-        for name, child in module.named_children():
-            if isinstance(child, Linear):
+        for name, child in list(module.named_children()):
+            if isinstance(
+                child, Linear
+            ):  # replaced by a plain callable, since calling a module takes some microseconds
+                delattr(module, name)
                 setattr(module, name, _quantized_linear(child, dtype))
     return quantized
 
 
-def _quantized_linear(linear: Linear, dtype: WeightDtype) -> nn.Module:
+def _quantized_linear(linear: Linear, dtype: WeightDtype) -> BFloat16Linear | Int8Linear:
     weight = linear.weight.detach()
     if dtype == "int8" and not weight.is_cuda:
         return Int8Linear(weight, linear.bias)
