@@ -92,13 +92,16 @@ class KVCache:
         self.length += count
         self.used += count
 
-    def with_earlier_embeddings(self, x: Tensor) -> Tensor:
-        """Put the embeddings of the characters before the new ones, (B, T, C), in front of them and keep the last."""
-        if not self.embeddings.size(1):
-            return x
-        joined = torch.cat((self.embeddings, x), 1)
-        self.embeddings.copy_(joined[:, -self.embeddings.size(1) :])
-        return joined
+    def embeddings_before(self, x: Tensor, back: int) -> Tensor:
+        """Return the embeddings ``back`` characters before those of the new characters x, (B, T, C)."""
+        earlier, T = self.embeddings, x.size(1)
+        if T == 1:
+            return earlier.narrow(1, earlier.size(1) - back, 1)
+        return torch.cat((earlier, x), 1).narrow(1, earlier.size(1) - back, T)
+
+    def keep_embeddings(self, x: Tensor) -> None:
+        """Keep the embeddings of the last characters for the next call."""
+        self.embeddings.copy_(torch.cat((self.embeddings, x), 1)[:, -self.embeddings.size(1) :])
 
     def _drop(self, count: int) -> None:
         """Drop the first ``count`` characters."""

@@ -252,12 +252,13 @@ class GPT(nn.Module):
         config, T = self.config, ids.size(1)
         x = self.embedding(ids)
         if config.embd_conv > 1:
-            if cache is not None:
-                x = cache.with_earlier_embeddings(x)
             mixed = x
-            for back, weight in enumerate(self.conv[: x.size(1) - 1], 1):
-                mixed = mixed + weight * F.pad(x, (0, 0, back, -back))
-            x = mixed if cache is None else mixed[:, -T:]
+            for back, weight in enumerate(self.conv[: T - 1] if cache is None else self.conv, 1):
+                before = F.pad(x, (0, 0, back, -back)) if cache is None else cache.embeddings_before(x, back)
+                mixed = mixed + weight * before
+            if cache is not None:
+                cache.keep_embeddings(x)
+            x = mixed
         if config.positions == "learned":
             x = x + self.position.weight[positions]
         x = self.embd_norm(x)

@@ -6,6 +6,7 @@ then, and attention is computed as ever.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -74,7 +75,7 @@ class Int8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """Map the last dimension of ``x``."""
         rows = F.pad(x, (0, self.padding)) if self.padding else x
-        y = torch._weight_int8pack_mm(rows.flatten(0, -2), self.weight, self.scales).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(rows.flatten(0, -2), self.weight, self.scales).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
@@ -89,14 +90,16 @@ def quantize(model: GPT, dtype: WeightDtype) -> GPT:
     quantized = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     quantized.compute_dtype = torch.bfloat16
     for module in list(quantized.modules()):
-        if isinstance(module, Norm) and module.weight is not None and module.bias is not None:
-            module.weight, module.bias = (nn.Parameter(p.bfloat16()) for p in (module.weight, module.bias))
         for name, child in list(module.named_children()):
-            if isinstance(
-                child, Linear
-            ):  # replaced by a plain callable, since calling a module takes some microseconds
+            # Plain callables, since calling a module takes some microseconds.
+            if isinstance(child, Linear):
                 delattr(module, name)
                 setattr(module, name, _quantized_linear(child, dtype))
+            elif isinstance(child, Norm) and name != "embd_norm":  # which normalizes in float32
+                weight, bias = (None if p is None else p.detach().bfloat16() for p in (child.weight, child.bias))
+                delattr(module, name)
+                norm = partial(torch.layer_norm, normalized_shape=[child.size], weight=weight, bias=bias)
+                setattr(module, name, norm)
     return quantized
 
 
