@@ -71,7 +71,7 @@ class GraphedGPT:
     """A model on a GPU, in evaluation mode, that reads single characters through a CUDA graph."""
 
     stream: ClassVar[torch.cuda.Stream | None] = None
-    """The stream for all captures: libraries keep memory for each stream that they have seen."""
+    """The stream for all captures: libraries keep memory for each stream in use."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
