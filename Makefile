@@ -2,7 +2,7 @@
 # make help       list the targets
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test torture bench lint format shakespeare ui sync dagshub clean
+.PHONY: all help setup test test-slow test-all coverage torture bench lint format shakespeare ui sync dagshub clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ all: $(VENV)/installed  ## run all stages with params.yaml, and show the results
 	@minigpt summary
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 setup: $(VENV)/installed  ## only create .venv and install the dependencies
 
@@ -33,8 +33,22 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-test: $(VENV)/installed-dev  ## run all tests
-	python -m pytest
+# Two workers are faster than one on any machine with two cores, and each loads torch and mlflow.
+PYTEST = pytest -n $${WORKERS:-2} --dist loadfile
+
+test: $(VENV)/installed-dev  ## run the fast tests of every part, in random order
+	python -m $(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev  ## run only the slow tests: kills, faults, servers, several processes
+	python -m $(PYTEST) -m slow
+
+test-all: test test-slow  ## run all tests
+
+coverage: $(VENV)/installed-dev  ## run the fast tests, and print the branches that they do not reach
+	coverage erase
+	coverage run -m $(PYTEST) -m "not slow"
+	coverage combine --quiet
+	coverage report
 
 torture: $(VENV)/installed-dev  ## run the fault tests at full length, and print their counts
 	TORTURE=full python -m pytest -s tests/integration/test_torture.py tests/integration/test_launcher.py tests/unit/training/test_checkpoint.py tests/unit/data tests/unit/tracking tests/unit/generation/test_serving.py

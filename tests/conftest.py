@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
 from helpers.workspace import ROOT, make_workspace
 
+torch.set_num_threads(1)  # for tensors this small, more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
 
 
@@ -51,7 +53,7 @@ def old_server(tmp_path_factory):
         yield url
 
 
-@pytest.fixture(params=["current_server", "old_server"])
+@pytest.fixture(params=["current_server", pytest.param("old_server", marks=pytest.mark.slow)])
 def server(request):
     return request.getfixturevalue(request.param)
 

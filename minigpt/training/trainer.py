@@ -148,7 +148,7 @@ class Trainer:
         try:
             self.accumulate_gradient(step)
         except TorchDynamoException as error:
-            reason = f"torch.compile failed: {str(error).strip().splitlines()[0]}"
+            reason = f"torch.compile failed: {' '.join(str(error).partition('\n\n')[0].split())}"
             if self.train.compile == "always":
                 raise UserError(f"train.compile: {reason}; set it to auto or never") from None
             if self.group.is_main:

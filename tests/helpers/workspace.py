@@ -47,10 +47,11 @@ def python(*arguments, cwd, **variables):
 
 
 def command(*arguments, cwd, **variables):
-    """Run a program with the interpreter of the tests first in PATH, and without tracking variables."""
+    """Run a program with one thread, the interpreter of the tests first in PATH, and no tracking variables."""
     dropped = ("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment |= {"PATH": path, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )

@@ -64,7 +64,10 @@ def run(folder, *program, **variables):
     return process.returncode, printed
 
 
-@pytest.mark.parametrize("variables", [{}, {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}])
+TORCHRUN = {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}
+
+
+@pytest.mark.parametrize("variables", [{}, pytest.param(TORCHRUN, marks=pytest.mark.slow)])
 def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, project_files, expected, variables):
     repository = make_repository(
         tmp_path / "repository", project_files, LONG, SINGLE_PROCESS if variables else TWO_PROCESSES
@@ -77,7 +80,10 @@ def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, p
     assert printed.count("step      0   train") == 1
 
 
-@pytest.mark.parametrize("failure", ["1 / 0", "raise errors.UserError('the disk of this host is missing')"])
+DISK_MISSING = "raise errors.UserError('the disk of this host is missing')"
+
+
+@pytest.mark.parametrize("failure", ["1 / 0", pytest.param(DISK_MISSING, marks=pytest.mark.slow)])
 def test_only_the_process_that_fails_reports_an_error(folder, failure):
     (folder / "stages/broken.py").write_text(BROKEN_STAGE.format(failure=failure))
     code, printed = run(folder, sys.executable, "-m", "stages.broken")
@@ -92,6 +98,7 @@ def test_only_the_process_that_fails_reports_an_error(folder, failure):
         assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_error_in_all_processes_is_reported_once(folder):
     set_params(folder, {"train": {"learning_rate": 1e30, "adam_learning_rate": 1e30}})
     code, printed = run(folder)
@@ -100,6 +107,7 @@ def test_error_in_all_processes_is_reported_once(folder):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("program", ["stages.train", "torchrun"])
 def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expected, program, rank):
@@ -120,6 +128,7 @@ def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expecte
             assert "was killed by SIGKILL; restarting the job from its last checkpoint" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT to all", "SIGTERM to the launcher", "SIGKILL to the launcher"])
 def test_stopped_job_saves_and_resumes_in_one_process(folder, expected, how):
     process = start(sys.executable, "-m", "stages.train", cwd=folder)
@@ -210,6 +219,7 @@ def can_create_hosts():
     return made.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_create_hosts(), reason="network namespaces need Linux, iproute2 and root")
 def test_job_resumes_after_one_of_two_hosts_is_disconnected_and_killed(tmp_path, project_files, expected):
     folders = [prepare(tmp_path / name, project_files) for name in ("first", "second")]

@@ -2,6 +2,7 @@
 
 import ast
 
+import pytest
 from helpers.workspace import ROOT, python
 
 SOURCES = sorted(path.relative_to(ROOT) for part in ("minigpt", "stages") for path in (ROOT / part).rglob("*.py"))
@@ -50,6 +51,7 @@ def test_every_module_can_be_imported_without_fcntl(tmp_path):
     assert {f"stages.{name}" for name in ("prepare", "train", "evaluate", "sample")} <= set(ran.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_stages_run_without_fcntl(workspace, tmp_path):
     for stage in ("prepare", "train", "evaluate", "sample"):
         ran = python("-c", BLOCK + RUN_STAGE, f"stages.{stage}", cwd=workspace, TMPDIR=str(tmp_path))

@@ -1,6 +1,6 @@
 """Trainings in real processes that are killed, stopped and run out of disk space, and resume with the same result.
 
-A short form runs with all tests; ``make torture`` sets TORTURE=full for all trials. Each test prints its counts.
+The slow tests have a short form; ``make torture`` sets TORTURE=full for all trials. Each test prints its counts.
 """
 
 import os
@@ -29,6 +29,18 @@ def uninterrupted(tmp_path_factory, project_files):
     return trained_result(folder)
 
 
+def test_killed_training_resumes_with_the_same_result(tmp_path, project_files, uninterrupted):
+    folder = prepare(tmp_path / "work", project_files)
+    process = start_training(folder)
+    assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    printed, _ = start_training(folder).communicate(timeout=300)
+    assert "resuming after step" in printed
+    assert trained_result(folder) == uninterrupted
+
+
+@pytest.mark.slow
 def test_training_killed_at_random_times_has_the_same_result(tmp_path, project_files, uninterrupted):
     trials, kills, in_save, through_dvc = (20 if FULL else 2), 0, 0, 0
     rng = random.Random(0)
@@ -78,6 +90,7 @@ def process_group_ended(pid):
 INTERRUPTIONS = ["SIGINT to all", "SIGKILL to dvc alone", *(["SIGKILL to all", "SIGTERM to the stage"] if FULL else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_dvc_repro_resumes_after_any_interruption(repository, uninterrupted, interruption):
     process = start("dvc", "repro", "train", cwd=repository)
@@ -109,6 +122,7 @@ def test_dvc_repro_resumes_after_any_interruption(repository, uninterrupted, int
     assert trained_result(repository) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signal_saves_a_checkpoint_and_sets_the_exit_code(tmp_path, project_files, name, code):
     folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 100_000}})
@@ -121,6 +135,7 @@ def test_signal_saves_a_checkpoint_and_sets_the_exit_code(tmp_path, project_file
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_training_interrupted_three_times_is_one_mlflow_run(tmp_path, project_files):
     folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 600, "eval_interval": 200}})
     for _ in range(3):
@@ -142,6 +157,7 @@ def test_training_interrupted_three_times_is_one_mlflow_run(tmp_path, project_fi
     assert len({file.path for file in client.list_artifacts(run.info.run_id)}) == 3  # model, train, params.yaml
 
 
+@pytest.mark.slow
 def test_changed_params_start_a_new_training(tmp_path, project_files):
     folder = prepare(tmp_path / "work", project_files)
     process = start_training(folder)
@@ -156,6 +172,7 @@ def test_changed_params_start_a_new_training(tmp_path, project_files):
     assert '"n_embd": 24' in (folder / "models/gpt/config.json").read_text()
 
 
+@pytest.mark.slow
 def test_second_process_reports_the_pid_of_the_first(tmp_path, project_files, uninterrupted):
     folders = [prepare(tmp_path / name, project_files) for name in "ab"]
     root = str(tmp_path / "a")
@@ -172,6 +189,7 @@ def test_second_process_reports_the_pid_of_the_first(tmp_path, project_files, un
     assert trained_result(folders[0]) == uninterrupted
 
 
+@pytest.mark.slow
 def test_equal_experiments_share_one_training(repository, uninterrupted):
     def experiment(name):
         return start("dvc", "exp", "run", "--temp", "--name", name, "train", cwd=repository)
@@ -195,6 +213,7 @@ def test_equal_experiments_share_one_training(repository, uninterrupted):
     assert trained_result(repository) == uninterrupted
 
 
+@pytest.mark.slow
 def test_checkpoint_interval_does_not_affect_the_result(tmp_path, project_files, uninterrupted):
     folder = prepare(tmp_path / "work", project_files)
     process = start_training(folder, MINIGPT_CHECKPOINT_SECONDS="1000", MINIGPT_CHECKPOINT_STEPS="7")
@@ -206,6 +225,7 @@ def test_checkpoint_interval_does_not_affect_the_result(tmp_path, project_files,
 DISKS = {"checkpoint": ".checkpoints", "model": "models", "history": "results", "journal": ".journal"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("content", DISKS if FULL else ["checkpoint", "model"])
 def test_training_resumes_after_a_full_disk(tmp_path, project_files, uninterrupted, content):

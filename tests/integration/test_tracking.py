@@ -44,6 +44,7 @@ def weights_digest(folder):
     return hashlib.sha256((folder / "models/gpt/model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_server_faults_do_not_change_a_training(current_server, prepared, logged_in, monkeypatch):
     printed = run_with_store(prepared, current_server, "stages.train")
     assert "minigpt:" not in printed or "the upload did not finish" in printed
@@ -76,6 +77,7 @@ def stop_queue_workers(folder):
             worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(10 if FULL else 1))
 def test_queued_experiments_are_complete_runs_in_one_store(tmp_path, project_files, monkeypatch, request, number):
     """In full, two workers run eight experiments while one runs outside the queue. Prints the seconds."""

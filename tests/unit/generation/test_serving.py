@@ -83,6 +83,7 @@ def test_bad_requests_are_client_errors(packaged, prompt, params, message):
     assert error.value.get_http_status_code() == 400
 
 
+@pytest.mark.slow
 def test_a_served_model_answers_and_names_mistakes(packaged, tmp_path):
     port = free_port()
     with process(
@@ -114,6 +115,7 @@ def test_a_served_model_answers_and_names_mistakes(packaged, tmp_path):
             assert message in text, (body, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("age", ["old_server", "current_server"] if FULL else ["old_server"])
 @pytest.mark.usefixtures("logged_in")
 def test_a_model_of_a_run_on_a_server_is_served(packaged, age, request, tmp_path, monkeypatch):

@@ -74,6 +74,7 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         assert "halved" in command("dvc", "exp", "list", "dagshub", "--all-commits", cwd=repository).stdout
 
 
+@pytest.mark.slow
 def test_dvc_uses_s3_if_its_plugin_is_installed(tmp_path, repository, current_server):
     interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"))
     asked = subprocess.run(

@@ -132,6 +132,7 @@ def test_nan_and_infinity_arrive_once(server, logged_in, monkeypatch):
     assert [value for _, value in stored[3:]] == values[3:]
 
 
+@pytest.mark.slow
 def test_concurrent_syncs_send_each_record_once(current_server, here, logged_in, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", current_server)
     key = uuid.uuid4().hex
@@ -172,7 +173,7 @@ FAULTS = {
 """Faults of a server, and the errors that they cause."""
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f == "lose" else pytest.mark.slow) for f in FAULTS])
 def test_sync_repairs_the_store_after_a_fault(current_server, logged_in, monkeypatch, fault):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     with Proxy({"": current_server}) as proxy:
@@ -190,6 +191,7 @@ def test_sync_repairs_the_store_after_a_fault(current_server, logged_in, monkeyp
             print(f"{fault} after {after} requests: the store equals the journal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["drop", "lose", 500, "kill"] if FULL else ["lose", "kill"])
 def test_interrupted_artifact_upload_is_completed_by_sync(server, here, logged_in, monkeypatch, fault):
     key, files = uuid.uuid4().hex, {}
@@ -236,6 +238,7 @@ def test_interrupted_artifact_upload_is_completed_by_sync(server, here, logged_i
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite:///store.db", "./mlruns"])
 def test_lost_response_duplicates_nothing(tmp_path, logged_in, monkeypatch, backend):
     with (

@@ -155,10 +155,13 @@ def test_compiled_model_has_the_same_gradient(corpus, tmp_path):
 
 def test_missing_compiler_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
     torch._dynamo.reset()
     trainer = make_trainer(corpus, tmp_path, compile="always")
-    with pytest.raises(UserError, match=r"train\.compile: torch\.compile failed: .*no-compiler.*auto or never"):
+    without_compiler = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))})
+    with (
+        without_compiler,
+        pytest.raises(UserError, match=r"train\.compile: torch\.compile failed: .*no-compiler.*auto or never"),
+    ):
         trainer.run()
 
 
