@@ -185,13 +185,14 @@ def show(texts: Iterable[str]) -> None:
 def check(files: tuple[Path, ...]) -> None:
     """Validate FILES, by default params.yaml. Valid files print nothing.
 
-    A file in configs/ is validated together with the values of params.yaml that it does not set.
+    A file in configs/ is validated together with the values of params.yaml that it does not set. If the text exists,
+    it is checked, too.
     """
+    from minigpt.data.checks import check_text
+
     for path in files or [profiles.PARAMS]:
-        if path.parent.name == profiles.DIRECTORY.name:
-            profiles.load_profile(path.stem)
-        else:
-            params.load(path)
+        profile = path.parent.name == profiles.DIRECTORY.name
+        check_text(profiles.load_profile(path.stem) if profile else params.load(path))
 
 
 def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:

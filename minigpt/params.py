@@ -1,12 +1,11 @@
 """Typed params of ``params.yaml``, with strict validation that reports all mistakes together by their dotted names."""
 
 import difflib
-import re
+import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from minigpt.choices import ACTIVATIONS, SCHEDULES
@@ -184,18 +183,29 @@ class Params(Section):
         return sample
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads ``3e-4`` as a number, like YAML 1.2 and DVC do. PyYAML reads it as a string."""
+MAX_BYTES = 1 << 16
+"""Largest params file in bytes. The YAML reader may take 2 s for this size."""
 
+MAX_MISTAKES = 50
+"""Mistakes that are explained. Finding the closest name of many unknown keys would take minutes."""
 
-_number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
+MAX_NODES = 100_000
+"""Most values that a params file may have after its aliases are expanded."""
 
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and validate a params file; raise one UserError that lists all mistakes."""
+    return parse(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a params file or a profile; raise a UserError if it cannot be read or is too large."""
     try:
-        return parse(path.read_bytes().decode("utf-8-sig"), str(path))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes; is this a params file?")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -204,10 +214,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
 
 def parse(text: str, source: str) -> Params:
     """Validate the text of a params file as :func:`load` does. Messages call the file ``source``."""
-    try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not readable as YAML: {one_line(error)}") from None
+    tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected the sections {', '.join(Params.model_fields)}, got {_shown(tree)}")
     # Fields with a default must be in the file too, because DVC compares only the values in the file.
@@ -218,6 +225,44 @@ def parse(text: str, source: str) -> Params:
         if isinstance(values := tree.get(name), dict) and key not in values
     ]
     return validate(Params, tree, f"{source}: ", missing=missing)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Return the values of a YAML text as DVC reads them: YAML 1.2, by the same reader, without repeated keys.
+
+    Raises:
+        UserError: the text is not YAML, or it is a "YAML bomb": nested aliases that stand for very many values.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError
+
+    try:
+        # A mapping that is constructed already merges the mappings of its aliases, so the bomb is looked for before.
+        if "&" in text and _count_nodes(YAML(typ="safe").compose(text), {}) > MAX_NODES:
+            raise UserError(f"{source}: its aliases stand for more than {MAX_NODES:,} values; write the values instead")
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        problem = " ".join((error.problem or error.context or "").split())
+        if isinstance(error, DuplicateKeyError):
+            problem, _, _ = problem.partition(" with value")
+        raise UserError(f"{source}: not readable as YAML: {where}{_shorten(problem, 200)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # for wrong values with a tag, the reader also raises KeyError, IndexError and others
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{source}: not readable as YAML: {_shorten(problem, 200)}") from None
+
+
+def _count_nodes(node: Any, counts: dict[int, float]) -> float:
+    """Return the number of nodes of a YAML graph as a tree, given those of known nodes; infinite for a cycle."""
+    if id(node) not in counts:
+        counts[id(node)] = float("inf")  # until it is known: a node that contains itself has no end
+        parts = node.value if isinstance(getattr(node, "value", None), list) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def validate(
@@ -233,7 +278,8 @@ def validate(
     try:
         validated = model.model_validate(values)
     except ValidationError as invalid:
-        mistakes |= {".".join(map(str, error["loc"])): _explain(model, error) for error in invalid.errors()}
+        for error in invalid.errors()[:MAX_MISTAKES]:
+            mistakes[".".join(_shorten(str(part), 80) for part in error["loc"]) or "key"] = _explain(model, error)
     else:
         if not mistakes:
             return validated
@@ -277,8 +323,8 @@ def _explain(model: type[Section], error: Any) -> str:
         return "unknown key" + (f"; did you mean {closest[0]}?" if closest else "")
     if kind == "value_error":
         return str(context["error"])
-    if kind == "literal_error" and (location[-1], str(value)) in RENAMED_VALUES:
-        return f"{value} was renamed {RENAMED_VALUES[location[-1], str(value)]}"
+    if kind == "literal_error" and isinstance(value, str) and (location[-1], value) in RENAMED_VALUES:
+        return f"{value} was renamed {RENAMED_VALUES[location[-1], value]}"
     if kind in _EXPECTED or kind == "literal_error":
         return f"expected {_EXPECTED.get(kind) or context['expected']}, got {_shown(value)}"
     for limit, words in _LIMITS.items():
@@ -289,9 +335,16 @@ def _explain(model: type[Section], error: Any) -> str:
     return f"{error['msg']}, got {_shown(value)}"
 
 
+_REPR = reprlib.Repr()  # repr itself writes every part of a nested value before it can be shortened
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _shorten(_REPR.repr(value), 80)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def one_line(error: Exception) -> str:

@@ -7,9 +7,9 @@ of ``default`` and then its own, so profiles can follow one another. Keys that n
 import io
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from minigpt import params
 from minigpt.errors import UserError
@@ -35,25 +35,29 @@ def apply(name: str, text: str, root: Path = Path()) -> str:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1 << 16  # else long values are wrapped
-    try:
-        tree = yaml.load(text)
-        for profile in (DEFAULT, name):
-            for section, values in (yaml.load(root / DIRECTORY / f"{profile}.yaml") or {}).items():
-                if isinstance(values, dict) and section in tree:
-                    tree[section].update(values)
-                else:  # a mistake, which the validation reports
-                    tree[section] = values
-    except (YAMLError, AttributeError) as error:
-        where = f"{PARAMS} or {DIRECTORY / name}.yaml"
-        raise UserError(f"{where}: not readable as YAML: {params.one_line(error)}") from None
+    tree = _load(yaml, text, str(PARAMS))
+    for profile in (DEFAULT, name):
+        path = DIRECTORY / f"{profile}.yaml"
+        for section, values in _load(yaml, params.read_text(root / path), str(path)).items():
+            if isinstance(values, dict) and isinstance(tree.get(section), dict):
+                tree[section].update(values)
+            else:  # a mistake, which the validation reports
+                tree[section] = values
     written = io.StringIO()
     yaml.dump(tree, written)
     return written.getvalue()
 
 
+def _load(yaml: YAML, text: str, source: str) -> Any:
+    """Return the sections of a YAML text, with its comments and layout."""
+    if not isinstance(params.read_yaml(text, source) or {}, dict):  # reports other mistakes
+        raise UserError(f"{source}: expected sections of keys and values")
+    return yaml.load(text) or {}
+
+
 def load_profile(name: str, root: Path = Path()) -> params.Params:
     """Return the params of ``params.yaml`` in the folder ``root`` with the values of a profile."""
-    text = (root / PARAMS).read_text(encoding="utf-8")
+    text = params.read_text(root / PARAMS)
     return params.parse(apply(name, text, root), f"{DIRECTORY / name}.yaml")
 
 
@@ -71,7 +75,7 @@ def write(name: str, force: bool = False) -> None:
             f"{PARAMS}: has changes that are not committed to git, and the profile would overwrite them; "
             "commit the file, or use --force to overwrite it"
         )
-    PARAMS.write_text(apply(name, PARAMS.read_text(encoding="utf-8")), encoding="utf-8")
+    PARAMS.write_text(apply(name, params.read_text(PARAMS)), encoding="utf-8")
 
 
 def _is_committed() -> bool:

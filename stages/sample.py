@@ -15,6 +15,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     cpu.configure_cpu(spin=True)  # before torch is imported
+    from minigpt.data.checks import check_prompts
     from minigpt.data.dataset import load_corpus
     from minigpt.evaluation import memorization
     from minigpt.generation.generator import Generator
@@ -25,9 +26,7 @@ def main() -> None:
     sampling, device = settings.sample, choose_device(settings.train.device)
     characters = len(sampling.prompts) * sampling.max_new_tokens
     generator = Generator.load(MODEL, device, sampling.dtype, compile=sampling.compile, characters=characters)
-    prompts = {f"params.yaml: sample.prompts[{index}]": prompt for index, prompt in enumerate(sampling.prompts)}
-    for name, prompt in prompts.items():  # report a wrong prompt before anything is written
-        generator.tokenizer.encode(prompt, name)
+    prompts = check_prompts(sampling.prompts, generator.tokenizer)  # before anything is written
 
     sections, pairs = [], []
     for name, prompt in prompts.items():

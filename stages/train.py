@@ -31,7 +31,8 @@ def main() -> None:
         return
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
-    from minigpt.data.dataset import check_context, load_corpus
+    from minigpt.data.checks import check_corpus
+    from minigpt.data.dataset import load_corpus
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
@@ -39,7 +40,7 @@ def main() -> None:
 
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
         corpus = load_corpus(PREPARED, group.device)
-        check_context(corpus, settings.model.block_size)
+        check_corpus(settings, corpus.tokenizer, len(corpus.train))
         checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
         with checkpoints.locked() if group.is_main else nullcontext():
             tracker = Tracker(checkpoints.run_key()) if group.is_main else None

@@ -215,12 +215,3 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise UserError(f"{path}: damaged: {error}; create it again with `dvc repro --force prepare`") from None
     return Corpus(splits[0], splits[1], tokenizer, recorded)
-
-
-def check_context(corpus: Corpus, block_size: int) -> None:
-    """Raise a UserError if the training split is shorter than one window of ``block_size`` characters and a target."""
-    if len(corpus.train) <= block_size:
-        raise UserError(
-            f"the training split has {len(corpus.train)} characters, "
-            f"too few for model.block_size = {block_size}: use a longer text or a shorter context"
-        )

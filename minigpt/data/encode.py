@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from multiprocessing import get_context, parent_process
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from minigpt.data.text import CHUNK_BYTES, Span, changed_error, find_text_files, read_piece, split_into_pieces
-from minigpt.data.tokenizer import CODE_POINTS, Tokenizer
+from minigpt.data.tokenizer import CODE_POINTS, Tokenizer, describe_character
 from minigpt.errors import UserError
 from minigpt.files import write_json
 from minigpt.runtime.cpu import available_cores
@@ -66,20 +67,10 @@ def encode_corpus(
     # The text is read twice. Without a terminal, and during the first second, no bar is shown.
     bar = tqdm(total=2 * size, unit="B", unit_scale=True, delay=1, disable=None)
     with worker_pool(min(workers, len(pieces)), source) as run, bar:
-        seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
-        for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
-            seen[points] = True
-            counts.append(count)
-            bar.update(sum(map(len, piece)))
-        total = sum(counts)
-        if not total:
-            raise UserError(f"{source}: empty; there is nothing to train on")
-        n_train = int(total * (1 - val_fraction))
-        if n_train < 2 or total - n_train < 2:
-            raise UserError(f"{source}: {total} characters are too few to split (data.val_fraction = {val_fraction})")
-        tokenizer = Tokenizer.from_seen(seen, normalize)
+        found = survey(source, pieces, val_fraction, normalize, run=run, progress=bar.update)
+        tokenizer, counts, n_train = found.tokenizer, found.counts, found.n_train
         tokenizer.save(folder / "tokenizer.json")
-        for name, length in zip(SPLITS, (n_train, total - n_train), strict=True):
+        for name, length in zip(SPLITS, (n_train, sum(counts) - n_train), strict=True):
             np.lib.format.open_memmap(folder / name, "w+", tokenizer.dtype, (length,))  # a sparse file of zeros
         starts = [0, *accumulate(counts)][:-1]
         for piece, _ in zip(pieces, run(partial(_write, folder, source), pieces, starts, counts), strict=True):
@@ -90,7 +81,44 @@ def encode_corpus(
                 raise changed_error(path)
         sizes = {name: (folder / name).stat().st_size for name in SPLITS}
         write_json(folder / "digest.json", {"sha256": digest(folder, tokenizer, sizes, run), "bytes": sizes})
-    return tokenizer, n_train, total - n_train
+    return tokenizer, n_train, sum(counts) - n_train
+
+
+@dataclass(frozen=True)
+class Survey:
+    """First reading of a text: its vocabulary, the characters of each piece, and those of the training split."""
+
+    tokenizer: Tokenizer
+    counts: list[int]
+    n_train: int
+
+
+def survey(
+    source: Path,
+    pieces: list[list[Span]],
+    val_fraction: float,
+    normalize: str,
+    *,
+    run: Map = map,
+    progress: Callable[[int], object] = lambda _bytes: None,
+) -> Survey:
+    """Read the pieces of a text, and raise a UserError if there is too little to train on."""
+    seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
+    for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
+        seen[points] = True
+        counts.append(count)
+        progress(sum(map(len, piece)))
+    total = sum(counts)
+    if not total:
+        raise UserError(f"{source}: empty; there is nothing to train on")
+    n_train = int(total * (1 - val_fraction))
+    if n_train < 2 or total - n_train < 2:
+        raise UserError(f"{source}: {total} characters are too few to split (data.val_fraction = {val_fraction})")
+    tokenizer = Tokenizer.from_seen(seen, normalize)
+    if tokenizer.vocab_size == 1:
+        character = describe_character(tokenizer.characters)
+        raise UserError(f"{source}: has no character other than {character}; there is nothing to learn")
+    return Survey(tokenizer, counts, n_train)
 
 
 def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:

@@ -7,7 +7,6 @@ gives the same characters as decoding and normalizing the whole text.
 
 import codecs
 import os
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from minigpt.data.tokenizer import code_points
+from minigpt.data.unicode import code_points, last_boundary, nfc_chunks
 from minigpt.errors import UserError
 
 CHUNK_BYTES = 1 << 16
@@ -50,15 +49,13 @@ def find_text_files(source: Path) -> list[Path]:
     return files
 
 
-def last_safe_cut(data: bytes, normalize: str) -> int:
+def last_safe_cut(data: bytes) -> int:
     """Return the last position inside ``data``, a part of a UTF-8 text, where the text can be cut; 0 if none.
 
-    A safe cut is never inside a character or a CRLF line end. With NFC it is always before an ASCII character, because
-    those never compose with the character before them.
+    A safe cut is never inside a character or a CRLF line end.
     """
     for cut in range(len(data) - 1, 0, -1):
-        continues = data[cut] >= 0x80 if normalize == "NFC" else data[cut] & 0xC0 == 0x80
-        if not continues and data[cut - 1 : cut + 1] != b"\r\n":
+        if data[cut] & 0xC0 != 0x80 and data[cut - 1 : cut + 1] != b"\r\n":
             return cut
     return 0
 
@@ -87,10 +84,18 @@ def split_into_pieces(paths: list[Path], normalize: str) -> Iterator[list[Span]]
 
 
 def _find_cut(file: BinaryIO, begin: int, end: int, size: int, normalize: str) -> int:
-    """Return a safe cut in the chunk before ``end``, or in a later chunk if that has none, or ``size``."""
+    """Return a safe cut in the chunk before ``end``, or in a later chunk if that has none, or ``size``.
+
+    With NFC, the character after the cut is also independent of the characters before it.
+    """
     while end < size:
         start = max(begin, end - CHUNK_BYTES)
-        if cut := last_safe_cut(_read_range(file, start, end), normalize):
+        data = _read_range(file, start, end)
+        cut = last_safe_cut(data)
+        if normalize == "NFC" and cut:
+            text = data[:cut].decode("utf-8", "surrogateescape")
+            cut = len(text[: last_boundary(text)].encode("utf-8", "surrogateescape"))
+        if cut:
             return start + cut
         end += PIECE_BYTES
     return size
@@ -103,9 +108,14 @@ def _read_range(file: BinaryIO, begin: int, end: int) -> bytes:
 
 def read_piece(piece: list[Span], normalize: str = "none") -> Iterator[NDArray[Any]]:
     """Yield the code points of a piece, chunk by chunk: without byte order marks, with LF line ends, normalized."""
+    chunks = _read_chunks(piece)
+    return map(code_points, nfc_chunks(chunks) if normalize == "NFC" else chunks)
+
+
+def _read_chunks(piece: list[Span]) -> Iterator[str]:
     for span in piece:
         if span.joined:
-            yield code_points("\n")
+            yield "\n"
         with open(span.path, "rb", buffering=0) as file:
             offset, pending = file.seek(span.begin), b""
             while offset < span.end:
@@ -114,16 +124,14 @@ def read_piece(piece: list[Span], normalize: str = "none") -> Iterator[NDArray[A
                     raise changed_error(span.path)
                 pending += data
                 ends = offset + len(pending) == span.end
-                cut = len(pending) if ends else last_safe_cut(pending, normalize)
+                cut = len(pending) if ends else last_safe_cut(pending)
                 if not cut:
                     # Reject invalid bytes now: without a safe cut, a binary file would fill the memory first.
                     _decode(span.path, offset, pending, final=False)
                     continue
                 data, pending = pending[:cut], pending[cut:]
                 text = _decode(span.path, offset, data)
-                if b"\r" in data:
-                    text = text.replace("\r\n", "\n").replace("\r", "\n")
-                yield code_points(unicodedata.normalize("NFC", text) if normalize == "NFC" else text)
+                yield text.replace("\r\n", "\n").replace("\r", "\n") if b"\r" in data else text
                 offset += cut
 
 

@@ -11,19 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt.data.unicode import code_points, nfc
 from minigpt.errors import UserError
 from minigpt.files import write_json
 
 CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
-
-
-def code_points(text: str) -> NDArray[Any]:
-    """Return the code points of ``text``, shape (len(text),): uint8 if all are ASCII, else uint32."""
-    if text.isascii():
-        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
-    # A plain copy of the string's memory. CPython's encoders inspect each character.
-    return np.array([text]).view(np.uint32)
 
 
 class Tokenizer:
@@ -58,7 +51,7 @@ class Tokenizer:
 
     def normalized(self, text: str) -> str:
         """Return ``text`` in the tokenizer's normal form."""
-        return unicodedata.normalize("NFC", text) if self.normalize == "NFC" else text
+        return nfc(text) if self.normalize == "NFC" else text
 
     def without_unknown(self, text: str) -> tuple[str, str]:
         """Return ``text``, normalized, without characters outside the vocabulary; and those characters, sorted."""

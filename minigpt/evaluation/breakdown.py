@@ -89,7 +89,8 @@ class Breakdown:
         for character, nats, count in zip(self.tokenizer.characters, all_nats, counts, strict=True):
             if count:
                 names = {"character": label(character), "code_point": f"U+{ord(character):04X}"}
-                rows.append({**names, "count": int(count), "loss": nats / count, "share": nats / total})
+                share = nats / total if total else 0.0  # a model that is certain of every character has no loss
+                rows.append({**names, "count": int(count), "loss": nats / count, "share": share})
         return sorted(rows, key=lambda row: -row["count"])
 
     def confusions(self) -> list[Row]:

@@ -1,6 +1,7 @@
 """Exact loss of a split: the sum of nats over every character, divided once by their number."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from minigpt.data.dataset import EvalBatch, Split
 from minigpt.model import GPT
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+
+MAX_EXPONENT = math.log(sys.float_info.max)
+"""Largest exponent of e whose power is a finite number."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), the number of equally likely characters with the same loss."""
-        return math.exp(self.loss)
+        """exp(loss), the number of equally likely characters with the same loss; infinite above a loss of 709 nats."""
+        return math.inf if self.loss > MAX_EXPONENT else math.exp(self.loss)
 
     @property
     def standard_error(self) -> float:

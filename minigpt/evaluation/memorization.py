@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.data.dataset import Corpus
-from minigpt.data.tokenizer import code_points
+from minigpt.data.unicode import code_points
 
 CHUNK = 1 << 20
 """Characters of the training text that are searched at a time, or the length of the longest text if that is more."""

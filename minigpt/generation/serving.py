@@ -19,7 +19,7 @@ from minigpt.params import SamplingParams, validate
 if TYPE_CHECKING:
     from minigpt.generation.generator import Generator
 
-REQUIREMENTS = ["torch", "numpy", "pydantic", "pyyaml", "safetensors", "tqdm", "filelock", "psutil"]
+REQUIREMENTS = ["torch", "numpy", "pydantic", "safetensors", "tqdm", "filelock", "psutil"]
 """Packages that serving needs besides mlflow."""
 
 LONGEST_TEXT = 100_000

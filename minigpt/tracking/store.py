@@ -12,9 +12,9 @@ import os
 import re
 import sys
 from contextlib import nullcontext
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
@@ -39,7 +39,7 @@ class Store:
     def __init__(self, uri: str, timeout: int) -> None:
         self.uri, self.timeout = uri, timeout
         self.display_uri = re.sub("://[^/]*@", "://", uri)  # without credentials, safe to print
-        self.local = uri.startswith(("sqlite:", "file:")) or ":" not in uri
+        self.local = uri.startswith(("sqlite:", "sqlite+", "file:")) or ":" not in uri
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
 
@@ -165,7 +165,10 @@ class Store:
 def resolve_tracking_uri() -> str:
     """Return the tracking URI. Credentials move to the environment variables that MLflow reads."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as error:
+            raise UserError(f"MLFLOW_TRACKING_URI: not a URI: {error}") from None
         if parts.scheme.startswith("http") and "@" in parts.netloc:
             os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
             os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
@@ -180,7 +183,20 @@ def resolve_tracking_uri() -> str:
 
 def local_store_uri() -> str:
     """Return the tracking URI of the repository's own store."""
-    return f"sqlite:///{workspace() / 'mlflow.db'}"
+    return sqlite_uri(workspace() / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the tracking URI of a database file, which may have any name."""
+    if not re.search("[?%]", str(path)):
+        return f"sqlite:///{path}"
+    from sqlalchemy.engine import make_url
+
+    # Releases of SQLAlchemy differ in how they read both. Without the driver, MLflow would create the quoted folder.
+    for uri in (f"sqlite+pysqlite:///{quote(str(path))}", f"sqlite+pysqlite:///{path}"):
+        if make_url(uri).database == str(path):
+            return uri
+    return f"sqlite+pysqlite:///file:{quote(str(path))}?uri=true"
 
 
 def dagshub_page(repo: str) -> str:
@@ -208,8 +224,12 @@ def describe_error(error: Exception) -> str:
 
 def _absolute(uri: str) -> str:
     """Resolve a relative path against the main workspace. DVC deletes the copies in which it runs experiments."""
-    if match := re.fullmatch(r"(sqlite:///)([^/].*)", uri):
-        return f"{match[1]}{workspace() / match[2]}"
+    if match := re.fullmatch(r"sqlite:///([^/?][^?]*)(\?.*)?", uri):
+        absolute = sqlite_uri(workspace() / unquote(match[1]))
+        return absolute + (match[2] or "").replace("?", "&" if "?" in absolute else "?", 1)
     if uri.startswith("file:") and not uri.startswith("file:/"):
         uri = uri.removeprefix("file:")
-    return str(workspace() / uri) if ":" not in uri and not uri.startswith("databricks") else uri
+    if ":" in uri or uri.startswith("databricks"):
+        return uri
+    folder = workspace() / uri
+    return folder.as_uri() if re.search("[?#%]", str(folder)) else str(folder)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt.data.dataset import Corpus, check_context
+from minigpt.data.checks import check_context
+from minigpt.data.dataset import Corpus
 from minigpt.errors import UserError
 from minigpt.evaluation.loss import cross_entropy, score
 from minigpt.model import GPT
@@ -61,7 +62,7 @@ class Trainer:
     def __init__(
         self, params: Params, corpus: Corpus, group: ProcessGroup, observer: Observer | None, checkpoints: Checkpoints
     ) -> None:
-        check_context(corpus, params.model.block_size)
+        check_context(len(corpus.train), params.model.block_size)
         self.train, self.block_size = params.train, params.model.block_size
         self.corpus, self.group, self.observer, self.checkpoints = corpus, group, observer, checkpoints
         torch.manual_seed(self.train.seed)

@@ -1,10 +1,15 @@
+import time
+
 import pytest
 import yaml
-from helpers.workspace import ROOT, overlay
+from dvc.utils.serialize import parse_yaml
+from helpers.workspace import ROOT, overlay, python
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minigpt import profiles
 from minigpt.errors import UserError
-from minigpt.params import ModelParams, Params, SamplingParams, flatten, load, validate
+from minigpt.params import ModelParams, Params, SamplingParams, flatten, load, parse, read_yaml, validate
 
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -90,6 +95,102 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
     shipped = (ROOT / "params.yaml").read_text()
     path.write_text(shipped.replace("learning_rate: 0.03", "learning_rate: 3e-4"))
     assert load(path).train.learning_rate == 3e-4
+
+
+SCALARS = [
+    "010", "0o10", "0x1F", "1:30", "1:30.5", "1_000", "1,000", "+1", "-0", ".5", "5.", "1e3", "3e-4", "1.e+3", ".inf",
+    "-.INF", ".NaN", "1e400", "yes", "No", "ON", "off", "y", "True", "~", "Null", "2001-01-01", "2001-12-14t21:59:43",
+    "'010'", '"\\n"', "!!str 010", '!!int "8"', "!!float 1", "=", "<<",
+]  # fmt: skip
+CHARACTERS = "0123456789.:_eExo+-[]{},&*!|>#%@ynNfT~\n'\""
+
+
+def agree(text):
+    """Return whether both readers reject a text, or return the same values of the same types."""
+    results = []
+    for read in (read_yaml, parse_yaml):
+        try:
+            results.append(repr(read(text, "params.yaml") or {}))
+        except Exception:
+            results.append("rejected")
+    return results[0] == results[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.lists(st.sampled_from(SCALARS) | st.text(CHARACTERS, max_size=9)))
+def test_text_means_the_same_for_dvc(values):
+    text = "".join(f"key{number}: {value}\n" for number, value in enumerate(values))
+    assert agree(text), text
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("bias: false", "bias: yes", "model.bias: expected true or false, got 'yes'"),
+        ("max_iters: 600", "max_iters: 1:30", "train.max_iters: expected an integer, got '1:30'"),
+        ("  max_iters: 600", "  max_iters: 6\n  max_iters: 600", 'line 39: found duplicate key "max_iters"'),
+        ("evaluate:", "model: {}\nevaluate:", 'found duplicate key "model"'),
+        ("max_iters: 600", "max_iters: !!int x", "not readable as YAML: ValueError: invalid literal"),
+        ("max_iters: 600", "max_iters: !!bool x", "not readable as YAML: KeyError: 'x'"),
+        ('prompts: ["\\n"]', 'prompts: ["\\ud800"]', "sample.prompts.0: Input should be a valid string"),
+    ],
+)
+def test_value_that_yaml_1_2_reads_otherwise_is_rejected(old, new, message):
+    text = (ROOT / "params.yaml").read_text()
+    assert old in text
+    with pytest.raises(UserError) as error:
+        parse(text.replace(old, new), "params.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_leading_zero_does_not_mean_octal():
+    text = (ROOT / "params.yaml").read_text().replace("max_iters: 600", "max_iters: 010")
+    assert parse(text, "params.yaml").train.max_iters == 10
+
+
+def bomb(levels, start="[x, x]", each="[{0}, {0}, {0}, {0}]"):
+    lines = [f"a0: &a0 {start}", *(f"a{n}: &a{n} {each.format(f'*a{n - 1}')}" for n in range(1, levels))]
+    return "\n".join(lines) + "\n"
+
+
+HUGE = {
+    "value": bomb(30) + "model: {n_layer: *a29}\n",
+    "key": bomb(30) + "? *a29\n: 1\n",
+    "repeated key": bomb(30) + "model: *a29\nmodel: *a29\n",
+    "merged": bomb(30, "{x: 1}", "{{<<: [{0}, {0}, {0}]}}"),
+    "cycle": "model: &a [*a]\n",
+    "small bomb": bomb(8) + "model: {n_layer: *a7, activation: *a7, bias: *a7}\n",
+    "deep": "model: " + "[" * 2000,
+    "wide": "model: {n_layer: [" + "[], " * 15_000 + "]}\n",
+    "many keys": "".join(f"k{n}: 1\n" for n in range(6000)),
+    "many mistakes": "sample: {stop: [" + "1, " * 15_000 + "]}\n",
+    "long number": "model: {n_layer: " + "9" * 60_000 + "}\n",
+    "long text": "model: {n_layer: " + "x" * 60_000 + "}\n",
+    "long key": "model: {? " + "x" * 60_000 + " : 1}\n",
+    "large": "# comment\n" * 10_000,
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_huge_values_are_a_short_message_within_seconds(tmp_path, kind):
+    (tmp_path / "params.yaml").write_text(HUGE[kind])
+    began = time.process_time()
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "params.yaml")
+    assert time.process_time() - began < 5
+    assert max(map(len, str(error.value).splitlines())) < 300 + len(str(tmp_path))
+    assert len(str(error.value)) < 10_000
+
+
+def test_command_reports_a_yaml_bomb(workspace):
+    for name in ("params.yaml", "configs/mine.yaml"):
+        (workspace / name).write_text(HUGE["value"])
+        ran = python("-m", "minigpt", "check", name, cwd=workspace)
+        assert ran.stderr.startswith(f"minigpt: {name}: its aliases stand for more than 100,000 values")
+        assert ran.stderr.count("\n") == 1
+        assert ran.returncode == 1
+        (workspace / "params.yaml").write_text((ROOT / "params.yaml").read_text())
 
 
 def test_flatten_returns_dotted_names():

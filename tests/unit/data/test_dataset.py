@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minigpt.data import dataset
-from minigpt.data.dataset import Corpus, Split, check_context, load_corpus, permute
+from minigpt.data.dataset import Split, load_corpus, permute
 from minigpt.data.encode import encode_corpus
 from minigpt.errors import UserError
 
@@ -78,13 +78,6 @@ def test_max_chars_selects_evenly_spaced_windows():
     assert len(starts) == 100
     assert (min(starts), max(starts)) == (0, 29_990)
     assert max(np.diff(starts)) <= 310
-
-
-def test_context_longer_than_the_training_split_is_rejected():
-    corpus = Corpus(Split(torch.zeros(16)), Split(torch.zeros(16)), None, "")
-    check_context(corpus, 15)
-    with pytest.raises(UserError, match=r"16 characters, too few for model\.block_size = 16"):
-        check_context(corpus, 16)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.data.tokenizer import CODE_POINTS, Tokenizer, code_points
+from minigpt.data.tokenizer import CODE_POINTS, Tokenizer
+from minigpt.data.unicode import code_points
 from minigpt.errors import UserError
 
 

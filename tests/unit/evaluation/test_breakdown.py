@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.workspace import params_with
 
-from minigpt.data.dataset import Split
+from minigpt.data.dataset import EvalBatch, Split
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.evaluation import breakdown
 from minigpt.evaluation.breakdown import BINS, Breakdown, label
@@ -161,3 +161,13 @@ def test_written_tables_equal_the_rows(model, tokens, tmp_path):
 )
 def test_labels_are_visible(character, name):
     assert label(character) == name
+
+
+def test_model_that_is_certain_of_every_character_has_no_loss(tmp_path):
+    tables = Breakdown(4, Tokenizer("ab"), "cpu")
+    targets, logits = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([200.0, 0.0]).expand(2, 4, 2)
+    nats = -logits.log_softmax(-1)[..., 0]
+    tables.add(EvalBatch(targets, targets, 0), logits, nats)
+    assert not nats.any()
+    assert [(row["loss"], row["share"]) for row in tables.characters()] == [(0, 0)]
+    tables.write(tmp_path)

@@ -113,3 +113,9 @@ def test_sampling_error_matches_the_spread_over_many_samples():
         losses.append(one.loss)
         errors.append(one.sampling_error)
     assert np.std(losses) == pytest.approx(np.mean(errors), rel=0.12)
+
+
+def test_perplexity_of_a_huge_loss_is_infinite():
+    assert Score(709.0, 1, 1, 1, 0).perplexity == math.exp(709)
+    assert Score(710.0, 1, 1, 1, 0).perplexity == math.inf
+    assert math.isnan(Score(math.nan, 1, 1, 1, 0).perplexity)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt.data.dataset import Corpus, Split
-from minigpt.data.tokenizer import Tokenizer, code_points
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.data.unicode import code_points
 from minigpt.evaluation import memorization
 from minigpt.evaluation.memorization import GRAM, Copied, compare
 

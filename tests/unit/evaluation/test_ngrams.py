@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.workspace import ROOT, SHAKESPEARE
 
-from minigpt.data.tokenizer import code_points
+from minigpt.data.unicode import code_points
 from minigpt.evaluation import ngrams
 from minigpt.evaluation.ngrams import NGrams, discounts, ngram_losses
 

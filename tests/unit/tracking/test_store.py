@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.tracking import SEND, find_run
+from helpers.tracking import SEND, check_store, find_run, write_run
 from helpers.workspace import ROOT
 
 from minigpt.errors import UserError
@@ -45,6 +45,28 @@ def test_relative_store_is_in_the_main_workspace(monkeypatch, uri, resolved):
     monkeypatch.setenv("DVC_ROOT", "/main/workspace")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert store.resolve_tracking_uri() == resolved
+
+
+@pytest.mark.parametrize("name", ["50%20 a%2F#?b", "?uri=true"])
+def test_store_stays_in_a_folder_with_an_odd_name(here, monkeypatch, name):
+    folder = here / name / "work"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    journal = write_run(steps=2)
+    Uploader(store.resolve_tracking_uri()).send(journal)
+    check_store(store.resolve_tracking_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
+    Uploader(store.resolve_tracking_uri()).send(journal)
+    check_store(store.resolve_tracking_uri())
+    assert {path.name for path in folder.iterdir()} == {".journal", "mlartifacts", "mlflow.db", "other.db"}
+    assert [path.name for path in here.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("uri", ["http://[bad", "https://me:secret@[::1", "http://[x]/"])
+def test_malformed_uri_is_one_clear_message(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI: not a URI: (?!.*secret)"):
+        store.resolve_tracking_uri()
 
 
 def test_credentials_are_never_printed(monkeypatch):

@@ -1,0 +1,50 @@
+"""Checks of a text against the params, before a training: every stage that follows must be able to use the text."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from minigpt.data.encode import MIN_PARALLEL_BYTES, survey
+from minigpt.data.text import find_text_files, split_into_pieces
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.errors import UserError
+from minigpt.params import Params
+
+
+def check_text(settings: Params) -> None:
+    """Read the text of ``data.source`` and check it as the stages do; raise a UserError if one of them would fail.
+
+    A text that does not exist, because it is not downloaded yet, is not an error here. A very long one is not read.
+    """
+    data, source = settings.data, Path(settings.data.source)
+    if not source.exists():
+        return
+    paths = find_text_files(source)
+    if sum(path.stat().st_size for path in paths) < MIN_PARALLEL_BYTES:
+        found = survey(source, list(split_into_pieces(paths, data.normalize)), data.val_fraction, data.normalize)
+        check_corpus(settings, found.tokenizer, found.n_train)
+
+
+def check_corpus(settings: Params, tokenizer: Tokenizer, n_train: int) -> None:
+    """Raise a UserError if the later stages cannot use a vocabulary and a training split of ``n_train`` characters."""
+    check_context(n_train, settings.model.block_size)
+    check_prompts(settings.sample.prompts, tokenizer)
+
+
+def check_context(n_train: int, block_size: int) -> None:
+    """Raise a UserError if the training split is shorter than one window of ``block_size`` characters and a target."""
+    if n_train <= block_size:
+        raise UserError(
+            f"the training split has {n_train} characters, "
+            f"too few for model.block_size = {block_size}: use a longer text or a shorter context"
+        )
+
+
+def check_prompts(prompts: Iterable[str], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the prompts by their names in messages. Raise a UserError if one has an unknown character."""
+    named = {f"params.yaml: sample.prompts[{index}]": prompt for index, prompt in enumerate(prompts)}
+    for name, prompt in named.items():
+        try:
+            tokenizer.encode(prompt, name)
+        except UserError as error:
+            raise UserError(f"{error}; use a prompt of characters that do") from None
+    return named

@@ -1,0 +1,81 @@
+"""Tests of what is checked before a training, through the stages and the command."""
+
+import shutil
+
+import pytest
+from helpers.workspace import make_workspace, params_with, python, set_params
+
+from minigpt.data.checks import check_context, check_corpus, check_text
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.errors import UserError
+
+
+def test_context_longer_than_the_training_split_is_rejected():
+    check_context(16, 15)
+    with pytest.raises(UserError, match=r"16 characters, too few for model\.block_size = 16"):
+        check_context(16, 16)
+
+
+TEXTS = {
+    "one character": ("a" * 5000, r"has no character other than 'a' \(U\+0061 LATIN SMALL LETTER A\)"),
+    "only newlines": ("\r\n" * 5000, r"has no character other than '\\n' \(U\+000A\)"),
+    "no newline": ("abc " * 900, r"sample\.prompts\[0\]: character 1, '\\n' \(U\+000A\), does not occur"),
+    "short": ("abc\n" * 4, r"too few for model\.block_size = 16"),
+    "too short to split": ("a\n", "too few to split"),
+    "empty": ("", "empty"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_that_a_later_stage_cannot_use_is_rejected(tmp_path, kind):
+    text, message = TEXTS[kind]
+    (tmp_path / "a.txt").write_text(text, newline="")
+    with pytest.raises(UserError, match=message):
+        check_text(params_with(data={"source": str(tmp_path / "a.txt")}))
+
+
+def test_missing_text_is_no_mistake_in_the_params(tmp_path):
+    check_text(params_with(data={"source": str(tmp_path / "none.txt")}))
+
+
+def test_every_prompt_is_checked_after_normalization():
+    settings = params_with(sample={"prompts": ["a", "e\u0301", "\u20ac"]})
+    with pytest.raises(UserError, match=r"prompts\[2\]: character 1, '\u20ac'"):
+        check_corpus(settings, Tokenizer("a\u00e9", "NFC"), 100)
+    check_corpus(settings, Tokenizer("a\u00e9\u20ac", "NFC"), 100)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, project_files):
+    folder = make_workspace(tmp_path_factory.mktemp("checks") / "work", project_files)
+    ran = python("-m", "stages.prepare", cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+def test_wrong_prompt_is_reported_before_the_training(prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    before = {path: path.read_bytes() for path in (folder / "data/prepared").iterdir()}
+    set_params(folder, {"sample": {"prompts": ["ROMEO:"]}})
+    for module in ("stages.prepare", "stages.train"):
+        ran = python("-m", module, cwd=folder)
+        message = "character 1, 'R' (U+0052 LATIN CAPITAL LETTER R), does not occur in the training text"
+        assert ran.stderr == f"minigpt: params.yaml: sample.prompts[0]: {message}; use a prompt of characters that do\n"
+        assert ran.returncode == 1
+    ran = python("-m", "minigpt", "check", cwd=folder)
+    assert ran.stderr == f"minigpt: params.yaml: sample.prompts[0]: {message}; use a prompt of characters that do\n"
+    assert {path: path.read_bytes() for path in (folder / "data/prepared").iterdir()} == before
+    assert not (folder / "models").exists()
+    assert not (folder / "mlflow.db").exists()
+
+
+def test_text_of_one_character_is_rejected_by_the_stage(prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    (folder / "data/mine.txt").write_text("\n" * 9000)
+    set_params(folder, {"data": {"source": "data/mine.txt"}})
+    ran = python("-m", "stages.prepare", cwd=folder)
+    found = "has no character other than '\\n' (U+000A)"
+    assert ran.stderr == f"minigpt: data/mine.txt: {found}; there is nothing to learn\n"
+    assert ran.returncode == 1
