@@ -149,7 +149,8 @@ class Trainer:
         try:
             self.accumulate_gradient(step)
         except TorchDynamoException as error:
-            reason = f"torch.compile failed: {' '.join(str(error).partition('\n\n')[0].split())}"
+            cause, _, _ = str(error).partition("\n\n")
+            reason = f"torch.compile failed: {' '.join(cause.split())}"
             if self.train.compile == "always":
                 raise UserError(f"train.compile: {reason}; set it to auto or never") from None
             if self.group.is_main:

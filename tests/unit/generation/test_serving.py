@@ -54,6 +54,7 @@ def test_a_packaged_model_writes_the_same_text(packaged):
     assert texts == [generator.generate(p, SamplingParams(**wanted, max_new_tokens=30))[0] for p in ("ab", "c\n")]
 
 
+@pytest.mark.slow
 def test_a_packaged_model_works_without_the_repository(packaged, tmp_path):
     code = (
         "import sys, mlflow.pyfunc; print(len(mlflow.pyfunc.load_model(sys.argv[1]).predict([{'prompt': 'ab'}])[0]));"

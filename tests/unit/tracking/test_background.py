@@ -42,6 +42,7 @@ def test_unresponsive_server_is_waited_for_once(monkeypatch, capsys):
     assert "the upload did not finish within 0.5 seconds; run `minigpt sync` to send them" in printed[0]
 
 
+@pytest.mark.slow
 def test_next_stage_does_not_wait_for_an_unreachable_server(current_server, here, logged_in, monkeypatch):
     key, printed = uuid.uuid4().hex, []
     code = (
