@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, workspace, write_csv, write_json
+from minigpt.files import atomic_directory, check_replaceable, workspace, write_csv, write_json
 from minigpt.runtime import cpu, launcher
 from stages import MODEL, PREPARED, RESULTS
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    check_replaceable(MODEL, RESULTS / "train")  # before the work
     if launcher.launch("stages.train", settings.train.processes):
         return
     cpu.configure_cpu()  # before torch is imported
