@@ -92,3 +92,13 @@ def test_named_pipe_in_the_folder_of_texts_does_not_hang(prepared, tmp_path):
         ran = python("-m", *arguments, cwd=folder)
         message = "data/mine/a.txt: a named pipe, not a file; remove it (data.source in params.yaml)"
         assert (ran.returncode, ran.stderr) == (1, f"minigpt: {message}\n")
+
+
+def test_missing_compiler_is_reported_before_the_training(prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    set_params(folder, {"sample": {"compile": "always"}})
+    ran = python("-m", "stages.train", cwd=folder, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "params.yaml: sample.compile: no compiled decoder: there is no C++ compiler no-such-compiler" in ran.stderr
+    assert ran.returncode == 1
+    assert not (folder / "mlflow.db").exists()
