@@ -1,4 +1,4 @@
-"""Tests of what is checked before a training, through the stages and the command."""
+"""Tests of the checks before a training, through the stages and the command."""
 
 import os
 import shutil
