@@ -1,6 +1,8 @@
 """Atomic writes: a directory appears complete or not at all, also after a crash."""
 
 import csv
+import errno
+import glob
 import json
 import os
 import shutil
@@ -8,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def workspace() -> Path:
@@ -24,17 +28,32 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_replaceable(*targets: Path) -> None:
+    """Create the parents of folders that will be replaced; raise an OSError if one of them cannot be replaced."""
+    mounts = {part.mountpoint for part in psutil.disk_partitions(all=True)}  # os.path.ismount misses bind mounts
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if str(target.resolve()) in mounts:
+            problem = "it is a mount point, which cannot be replaced; mount the folder above it instead"
+            raise OSError(errno.EBUSY, problem, str(target))
+        if not os.access(target.parent, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
+
+
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield an empty temporary directory, and rename it to ``target`` when the block succeeds.
 
     On an error, the temporary directory is removed and ``target`` stays unchanged. Every file is on the disk before the
-    rename. Remains of a killed process are removed, so two processes must not write the same target concurrently.
+    rename. Remains of a killed process are removed, so two processes must not write the same target concurrently. If
+    ``target`` is a link to a folder, that folder is replaced.
     """
+    if target.is_symlink():
+        target = target.resolve()
+    check_replaceable(target)
     folder, old = target.with_name(f".{target.name}-new.tmp"), target.with_name(f".{target.name}-old.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for remains in target.parent.glob(f".{target.name}-*.tmp"):
-        shutil.rmtree(remains)
+    for remains in target.parent.glob(f".{glob.escape(target.name)}-*.tmp"):
+        _remove(remains)
     folder.mkdir()
     try:
         yield folder
@@ -45,11 +64,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             target.rename(old)
         folder.rename(target)
         if old.exists():
-            shutil.rmtree(old)
+            _remove(old)
         fsync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file that is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, write_csv, write_json
+from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
 from stages import MODEL, PREPARED, RESULTS
 
@@ -31,6 +31,7 @@ SHORT, UNCERTAIN = 10_000, 0.01
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    check_replaceable(RESULTS / "evaluate")  # before the work
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
     from minigpt.data import dataset

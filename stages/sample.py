@@ -6,7 +6,7 @@ python -m stages.sample        models/gpt, data/prepared -> results/sample/{samp
 from __future__ import annotations
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, write_csv, write_json
+from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
 from stages import MODEL, PREPARED, RESULTS
 
@@ -14,6 +14,7 @@ from stages import MODEL, PREPARED, RESULTS
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    check_replaceable(RESULTS / "sample")  # before the work
     cpu.configure_cpu(spin=True)  # before torch is imported
     from minigpt.data.checks import check_prompts
     from minigpt.data.dataset import load_corpus

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, workspace, write_csv, write_json
+from minigpt.files import atomic_directory, check_replaceable, workspace, write_csv, write_json
 from minigpt.runtime import cpu, launcher
 from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
+    import torch
+
     from minigpt.tracking.run import Tracker
     from minigpt.training.trainer import TrainResult
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    check_replaceable(MODEL, RESULTS / "train")  # before the work
     if launcher.launch("stages.train", settings.train.processes):
         return
     cpu.configure_cpu()  # before torch is imported
@@ -41,6 +44,8 @@ def main() -> None:
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
         corpus = load_corpus(PREPARED, group.device)
         check_corpus(settings, corpus.tokenizer, len(corpus.train))
+        if group.is_main and settings.sample.compile == "always":
+            check_decoder(group.device)
         checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
         with checkpoints.locked() if group.is_main else nullcontext():
             tracker = Tracker(checkpoints.run_key()) if group.is_main else None
@@ -64,6 +69,19 @@ def main() -> None:
             record(result, tracker, settings.data.source)
             tracker.end("FINISHED", trainer.state.resumed_at)
             checkpoints.remove()
+
+
+def check_decoder(device: torch.device) -> None:
+    """Compile the decoder that the stage sample requires; raise a UserError if that fails."""
+    from minigpt.generation.compiler import NotCompiledError, build_library
+
+    try:
+        if device.type != "cpu":
+            raise NotCompiledError("it runs on a CPU only")
+        build_library()
+    except NotCompiledError as error:
+        problem = f"sample.compile: no compiled decoder: {error}"
+        raise errors.UserError(f"params.yaml: {problem}; set it to auto or never") from None
 
 
 def record(result: TrainResult, tracker: Tracker, source: str) -> None:

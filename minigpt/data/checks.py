@@ -1,5 +1,6 @@
 """Checks of a text against the params, before a training: every stage that follows must be able to use the text."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def check_text(settings: Params) -> None:
     A text that does not exist, because it is not downloaded yet, is not an error here. A very long one is not read.
     """
     data, source = settings.data, Path(settings.data.source)
-    if not source.exists():
+    if not os.path.lexists(source):
         return
     paths = find_text_files(source)
     if sum(path.stat().st_size for path in paths) < MIN_PARALLEL_BYTES:

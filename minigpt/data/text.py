@@ -7,6 +7,7 @@ gives the same characters as decoding and normalizing the whole text.
 
 import codecs
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ from minigpt.errors import UserError
 
 CHUNK_BYTES = 1 << 16
 """Bytes that are decoded in one call. They fit into a core's cache, and many chunks are entirely ASCII."""
+
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+"""First bytes of a text in another encoding, and the name of the encoding."""
 
 PIECE_BYTES = 1 << 25
 """Bytes that one process reads in one task."""
@@ -42,10 +48,23 @@ class Span:
 
 def find_text_files(source: Path) -> list[Path]:
     """Return the file ``source``, or the .txt files in the folder ``source`` and its subfolders, sorted by path."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*.txt") if path.is_file())
+    try:
+        files = [source] if not source.is_dir() else sorted(path for path in source.rglob("*.txt") if not path.is_dir())
+        for path in files:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):  # opening a named pipe waits for a writer
+                kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+                raise UserError(f"{path}: {kind}, not a file; remove it (data.source in params.yaml)")
+            with path.open("rb"):
+                pass
+    except FileNotFoundError as error:
+        problem = "no such file or folder" if error.filename == str(source) else "the link points to no file"
+        raise UserError(f"{error.filename}: {problem} (data.source in params.yaml)") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(source)[:200]!r}: not readable: {reason} (data.source in params.yaml)") from None
     if not files:
-        problem = "no .txt file in this folder" if source.is_dir() else "no such file or folder"
-        raise UserError(f"{source}: {problem} (data.source in params.yaml)")
+        raise UserError(f"{source}: no .txt file in this folder (data.source in params.yaml)")
     return files
 
 
@@ -141,12 +160,15 @@ def _decode(path: str, offset: int, data: bytes, final: bool = True) -> str:
     try:
         text, _ = codecs.utf_8_decode(data if nul < 0 else data[:nul], "strict", final or nul >= 0)
     except UnicodeDecodeError as error:
+        start = data[:4] if offset == 0 else b""
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "LATIN1")
         raise UserError(
             f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}, {error.reason}); "
-            f"save it as UTF-8, for example with `iconv -f LATIN1 -t UTF-8`"
+            f"save it as UTF-8, for example with `iconv -f {encoding} -t UTF-8`"
         ) from None
     if nul >= 0:
-        raise UserError(f"{path}: a binary file, not text: NUL at byte {offset + nul}")
+        hint = "if it is a text in UTF-16 or UTF-32, save it as UTF-8"
+        raise UserError(f"{path}: a binary file, not text: NUL at byte {offset + nul}; {hint}")
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 

@@ -55,7 +55,7 @@ def render(rows: list[Rows], title: str, target: Path) -> None:
     # By default, concatenated charts share one legend, and bars leave room for the bars of the other charts.
     resolve = {"scale": {"color": "independent", "yOffset": "independent"}}
     picture = {
-        "title": {"text": title, "anchor": "middle", "fontSize": 16, "offset": 16},
+        "title": {"text": _without_controls(title), "anchor": "middle", "fontSize": 16, "offset": 16},
         "vconcat": [{"hconcat": charts, "resolve": resolve} for charts in rows],
         "resolve": resolve,
         "background": "white",
@@ -65,6 +65,11 @@ def render(rows: list[Rows], title: str, target: Path) -> None:
         target.write_text(vl_convert.vegalite_to_svg(picture, vl_version=VEGA_LITE), encoding="utf-8")
     else:
         target.write_bytes(vl_convert.vegalite_to_png(picture, vl_version=VEGA_LITE, scale=2))
+
+
+def _without_controls(text: str) -> str:
+    """Return a text with code points for the characters that XML forbids. They would abort the process."""
+    return re.sub(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", lambda found: f"U+{ord(found[0]):04X}", text)
 
 
 def _charts(tables: dict[str, Rows], *names: str) -> Rows:

@@ -24,11 +24,16 @@ def launch(module: str, processes: int) -> bool:
     """
     if "RANK" in os.environ:
         return False
-    if command := shlex.split(os.environ.get("MINIGPT_LAUNCH", "")):
+    try:
+        command = shlex.split(os.environ.get("MINIGPT_LAUNCH", ""))
+    except ValueError as error:
+        raise UserError(f"MINIGPT_LAUNCH: not a command: {str(error).lower()}") from None
+    if command:
         try:
             os.execvp(command[0], [*command, "-m", module])  # noqa: S606 - the user's own command
-        except OSError as error:
-            raise UserError(f"MINIGPT_LAUNCH: cannot run {command[0]}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: an empty name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"MINIGPT_LAUNCH: cannot run {command[0]!r}: {reason}") from None
     if processes > 1:
         _launch_locally(module, processes)
     return processes > 1

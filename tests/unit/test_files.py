@@ -1,11 +1,12 @@
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from helpers.workspace import ROOT
+from helpers.workspace import ROOT, python
 
 from minigpt.files import atomic_directory, write_csv
 
@@ -48,6 +49,60 @@ def test_remains_of_a_killed_process_are_removed_by_the_next_write(tmp_path):
         (folder / "a.txt").write_text("new")
     assert content(tmp_path / "out") == {"a.txt": "new"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")
+    for text in ("old", "new"):
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "a.txt").write_text(text)
+        assert content(tmp_path / "disk/out") == {"a.txt": text}
+        assert (tmp_path / "out").is_symlink()
+    assert os.listdir(tmp_path / "disk") == ["out"]
+
+
+def test_file_in_the_place_of_a_folder_is_replaced(tmp_path):
+    for name in ("[out]", ".[out]-old.tmp", ".[out]-new.tmp"):
+        (tmp_path / name).write_text("file")
+    with atomic_directory(tmp_path / "[out]") as folder:
+        (folder / "a.txt").write_text("new")
+    assert content(tmp_path / "[out]") == {"a.txt": "new"}
+    assert os.listdir(tmp_path) == ["[out]"]
+
+
+@pytest.fixture
+def mounted(workspace):
+    """A workspace in which the results of three stages are mount points."""
+    folders = [workspace / name for name in ("data/prepared", "models/gpt", "results/evaluate")]
+    mounts = []
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True)
+            ran = subprocess.run(["mount", "--bind", folder, folder], capture_output=True, text=True)
+            if ran.returncode:
+                pytest.skip(f"cannot mount here: {ran.stderr.strip()}")
+            mounts.append(folder)
+        yield workspace
+    finally:
+        for folder in mounts:
+            subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_mount_point_is_reported_before_any_work(mounted):
+    for stage, output in (("prepare", "data/prepared"), ("train", "models/gpt"), ("evaluate", "results/evaluate")):
+        ran = python("-m", f"stages.{stage}", cwd=mounted)
+        problem = "it is a mount point, which cannot be replaced; mount the folder above it instead"
+        assert ran.stderr == f"minigpt: cannot write {output}: {problem}\n"
+        assert ran.returncode == 1
+        assert not list((mounted / "data").glob(".prepared*"))
+
+
+def test_file_in_the_place_of_a_parent_is_one_message(workspace):
+    (workspace / "results").write_text("a file")
+    ran = python("-m", "stages.sample", cwd=workspace)
+    assert (ran.returncode, ran.stderr) == (1, "minigpt: cannot write results: File exists\n")
 
 
 def test_csv_preserves_every_character(tmp_path):

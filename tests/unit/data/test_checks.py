@@ -1,5 +1,6 @@
-"""Tests of what is checked before a training, through the stages and the command."""
+"""Tests of the checks before a training, through the stages and the command."""
 
+import os
 import shutil
 
 import pytest
@@ -66,7 +67,7 @@ def test_wrong_prompt_is_reported_before_the_training(prepared, tmp_path):
     ran = python("-m", "minigpt", "check", cwd=folder)
     assert ran.stderr == f"minigpt: params.yaml: sample.prompts[0]: {message}; use a prompt of characters that do\n"
     assert {path: path.read_bytes() for path in (folder / "data/prepared").iterdir()} == before
-    assert not (folder / "models").exists()
+    assert not (folder / "models/gpt").exists()
     assert not (folder / "mlflow.db").exists()
 
 
@@ -79,3 +80,25 @@ def test_text_of_one_character_is_rejected_by_the_stage(prepared, tmp_path):
     found = "has no character other than '\\n' (U+000A)"
     assert ran.stderr == f"minigpt: data/mine.txt: {found}; there is nothing to learn\n"
     assert ran.returncode == 1
+
+
+def test_named_pipe_in_the_folder_of_texts_does_not_hang(prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    (folder / "data/mine").mkdir()
+    os.mkfifo(folder / "data/mine/a.txt")
+    set_params(folder, {"data": {"source": "data/mine"}})
+    for arguments in (["stages.prepare"], ["minigpt", "check"]):
+        ran = python("-m", *arguments, cwd=folder)
+        message = "data/mine/a.txt: a named pipe, not a file; remove it (data.source in params.yaml)"
+        assert (ran.returncode, ran.stderr) == (1, f"minigpt: {message}\n")
+
+
+def test_missing_compiler_is_reported_before_the_training(prepared, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(prepared, folder)
+    set_params(folder, {"sample": {"compile": "always"}})
+    ran = python("-m", "stages.train", cwd=folder, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "params.yaml: sample.compile: no compiled decoder: there is no C++ compiler no-such-compiler" in ran.stderr
+    assert ran.returncode == 1
+    assert not (folder / "mlflow.db").exists()

@@ -1,7 +1,9 @@
+import os
 import unicodedata
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.data import text as text_module
@@ -40,6 +42,7 @@ TEXTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(texts=TEXTS, size=st.integers(1, 40), normalize=st.sampled_from(["none", "NFC"]), mark=st.booleans())
 def test_pieces_join_to_the_whole_text(tmp_path_factory, texts, size, normalize, mark):
     folder = tmp_path_factory.mktemp("texts")
@@ -73,10 +76,40 @@ def test_invalid_bytes_are_reported_with_their_offset(tmp_path, small_chunks, da
         read_text(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_encoding_with_a_byte_order_mark_is_named(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("to be or not to be\n" * 9, encoding=encoding)
+    with pytest.raises(UserError, match=f"not UTF-8 at byte 0 .*`iconv -f {encoding.upper()} -t UTF-8`"):
+        read_text(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes("to be\n".encode(f"{encoding}-le"))
+    with pytest.raises(UserError, match="NUL at byte 1; if it is a text in UTF-16 or UTF-32, save it as UTF-8"):
+        read_text(tmp_path / "a.txt")
+
+
 def test_missing_source_is_reported(tmp_path):
     for source, message in ((tmp_path / "none.txt", r"none\.txt: no such file"), (tmp_path, r"no \.txt file")):
         with pytest.raises(UserError, match=message):
             find_text_files(source)
+
+
+def test_source_that_is_no_file_is_reported_without_opening_it(tmp_path):
+    os.mkfifo(tmp_path / "a-pipe.txt")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.txt").symlink_to("none")
+    (tmp_path / "loop").symlink_to("loop")
+    for source, message in (
+        (tmp_path, r"pipe\.txt: a named pipe, not a file; remove it"),
+        (tmp_path / "a-pipe.txt", r"pipe\.txt: a named pipe"),
+        (tmp_path / "links", r"links/a\.txt: the link points to no file"),
+        (tmp_path / "loop", "not readable: Too many levels of symbolic links"),
+        (tmp_path / "a-pipe.txt/a", "not readable: Not a directory"),
+        ("/dev/zero", "a device or a socket, not a file"),
+        ("a\0b", "not readable: embedded null byte"),
+        ("a" * 5000, "not readable: File name too long"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            find_text_files(Path(source))
+        assert len(str(error.value)) < 300 + len(str(tmp_path))
 
 
 def test_file_that_became_shorter_is_rejected(tmp_path):

@@ -36,6 +36,18 @@ def test_loss_chart_names_both_losses_and_marks_the_best_step(tmp_path):
     assert [text for text in found if text.startswith("best")] == ["best: 1.0000 at step 3"]
 
 
+@pytest.mark.parametrize("title", ["a$b ${c} $$", "<DVC_METRIC_DATA>", "q'\"\\x\n&lt;", "\U0001f600", "x" * 3000])
+def test_title_may_have_any_characters(tmp_path, title):
+    loss_chart(HISTORY, title, tmp_path / "loss.svg")
+    assert title in texts(tmp_path / "loss.svg")
+
+
+def test_control_characters_in_a_title_are_code_points(tmp_path):
+    for suffix in ("png", "svg"):  # a PNG would end the process
+        loss_chart(HISTORY, "a\0\x07\x1b\ud800\ufffe\x7fb", tmp_path / f"loss.{suffix}")
+    assert any(text.startswith("aU+0000U+0007U+001BU+D800U+FFFE") for text in texts(tmp_path / "loss.svg"))
+
+
 def test_loss_chart_as_png_shows_each_loss_in_its_color(tmp_path):
     loss_chart(HISTORY, "a title", tmp_path / "both.png")
     # Falling training loss below a higher validation loss: without the latter, its color is missing.
