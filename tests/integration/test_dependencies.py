@@ -4,10 +4,9 @@ import ast
 import json
 import shutil
 
-import pytest
 import yaml
 from helpers.imports import import_closure, python_files
-from helpers.workspace import ROOT, command, make_repository, python
+from helpers.workspace import ROOT, python
 
 ENTRY_POINTS = ("minigpt/training", "minigpt/evaluation/loss.py", "minigpt/export.py")
 EDIT_EACH_FILE = """
@@ -63,24 +62,3 @@ def test_fingerprint_covers_imported_files_alone(tmp_path):
     ran = python("-c", EDIT_EACH_FILE, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert set(json.loads(ran.stdout)) & LIBRARY == IMPORTED
-
-
-@pytest.fixture(scope="module")
-def trained_repository(tmp_path_factory, project_files):
-    repository = make_repository(tmp_path_factory.mktemp("dependencies") / "repository", project_files)
-    ran = command("dvc", "repro", "train", cwd=repository)
-    assert ran.returncode == 0, ran.stderr
-    return repository
-
-
-@pytest.mark.parametrize(
-    "name", ["minigpt/choices.py", "minigpt/training/control.py", "minigpt/runtime/launcher.py", "minigpt/cli.py"]
-)
-def test_dvc_status_reports_edits_of_imported_files_alone(trained_repository, name):
-    file = trained_repository / name
-    source = file.read_bytes()
-    file.write_bytes(source + b"# edited\n")
-    status = command("dvc", "status", "--json", "train", cwd=trained_repository)
-    file.write_bytes(source)
-    assert status.returncode == 0, status.stderr
-    assert ("train" in json.loads(status.stdout)) == (name in IMPORTED)

@@ -64,10 +64,8 @@ def run(folder, *program, **variables):
     return process.returncode, printed
 
 
-TORCHRUN = {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}
-
-
-@pytest.mark.parametrize("variables", [{}, pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}])
 def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, project_files, expected, variables):
     repository = make_repository(
         tmp_path / "repository", project_files, LONG, SINGLE_PROCESS if variables else TWO_PROCESSES
@@ -126,6 +124,19 @@ def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expecte
         if program == "stages.train":
             assert f"rank {rank} of 2" in printed
             assert "was killed by SIGKILL; restarting the job from its last checkpoint" in printed
+
+
+def test_killed_job_of_two_processes_resumes_in_one_process(folder, expected):
+    process = start(sys.executable, "-m", "stages.train", cwd=folder)
+    assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]
+    for pid in (*ranks_of(process), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    set_params(folder, SINGLE_PROCESS)
+    code, printed = run(folder)
+    assert code == 0, printed
+    assert "resuming after step" in printed
+    assert trained_result(folder) == expected
 
 
 @pytest.mark.slow

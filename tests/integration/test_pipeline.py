@@ -180,13 +180,32 @@ def replace(folder, path, old, new):
 @pytest.mark.parametrize(
     "path, old, new, reruns",
     [
-        ("params.yaml", "temperature: 0.8", "temperature: 0.7", ["sample"]),
+        pytest.param("params.yaml", "temperature: 0.8", "temperature: 0.7", ["sample"], marks=pytest.mark.slow),
         ("minigpt/generation/generator.py", "\nfrom __future__", "\n# a comment\nfrom __future__", ["sample"]),
     ],
 )
 def test_change_reruns_the_stages_that_depend_on_it(copy, path, old, new, reruns):
     replace(copy, path, old, new)
     assert stages_run(repro(copy)) == reruns
+
+
+@pytest.mark.parametrize(
+    "name, is_dependency",
+    [
+        ("minigpt/choices.py", True),
+        ("minigpt/training/control.py", True),
+        ("minigpt/runtime/launcher.py", False),
+        ("minigpt/cli.py", False),
+    ],
+)
+def test_dvc_status_reports_edits_of_files_that_training_imports(repository, name, is_dependency):
+    file = repository[0] / name
+    source = file.read_bytes()
+    file.write_bytes(source + b"# edited\n")
+    status = command("dvc", "status", "--json", "train", cwd=repository[0])
+    file.write_bytes(source)
+    assert status.returncode == 0, status.stderr
+    assert ("train" in json.loads(status.stdout)) == is_dependency
 
 
 def test_sampled_training_split_has_a_sampling_error(copy):

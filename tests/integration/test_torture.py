@@ -29,17 +29,6 @@ def uninterrupted(tmp_path_factory, project_files):
     return trained_result(folder)
 
 
-def test_killed_training_resumes_with_the_same_result(tmp_path, project_files, uninterrupted):
-    folder = prepare(tmp_path / "work", project_files)
-    process = start_training(folder)
-    assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    printed, _ = start_training(folder).communicate(timeout=300)
-    assert "resuming after step" in printed
-    assert trained_result(folder) == uninterrupted
-
-
 @pytest.mark.slow
 def test_training_killed_at_random_times_has_the_same_result(tmp_path, project_files, uninterrupted):
     trials, kills, in_save, through_dvc = (20 if FULL else 2), 0, 0, 0
@@ -262,7 +251,7 @@ def test_mutated_params_are_accepted_or_rejected_with_one_message(tmp_path):
 
     shipped = (ROOT / "params.yaml").read_text(encoding="utf-8")
     tree = overlay(yaml.safe_load(shipped), SMALL)
-    rng, messages, count = random.Random(0), [], 2000
+    rng, messages, count = random.Random(0), [], 2000 if FULL else 400
     odd_values = [
         None, True, -1, 0, 1, 7, 10**30, 1e-9, float("inf"), float("nan"),
         "", "abc", "रोज", [], ["\n"], {}, {"a": 1}, b"x",

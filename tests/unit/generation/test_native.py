@@ -112,6 +112,7 @@ def test_auto_compiles_long_texts_first_and_later_uses_the_file_for_all(tmp_path
     assert type(compile_model(gpt, "int8", "auto")) is NativeGPT
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_auto_compiles_in_the_background_for_the_next_text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -124,6 +125,7 @@ def test_auto_compiles_in_the_background_for_the_next_text(tmp_path, monkeypatch
     assert type(compile_model(gpt, "int8", "auto")) is NativeGPT
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_processes_that_compile_at_the_same_time_share_one_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -106,13 +106,14 @@ def test_two_processes_train_bitwise_the_same_weights_as_one(train):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_size_does_not_change_the_result(train, single, parallel, world_size):
     checkpointing = parallel == "fsdp"
     result = train(f"{parallel}-{world_size}", world_size, parallel=parallel, activation_checkpointing=checkpointing)
     assert_same_training(result, single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("world_sizes, step", [((2, 1), 8), ((1, 2), 7)])
 def test_training_resumes_with_another_world_size(train, single, parallel, world_sizes, step):

@@ -96,6 +96,7 @@ def test_steps_of_system_metrics_increase_even_if_the_clock_goes_back(monkeypatc
     assert [record["step"] for record in tracker.journal.records()] == [100, 101]
 
 
+@pytest.mark.slow
 def test_stage_reaches_a_server_with_authentication(server, logged_in, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     key = uuid.uuid4().hex

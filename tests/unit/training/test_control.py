@@ -130,8 +130,6 @@ def test_handlers_are_restored():
     [
         ({}, True, []),
         ({"DVC_STAGE": "train"}, False, ["parent"]),
-        ({"DVC_STAGE": "train"}, True, ["parent", "test"]),
-        ({"TORCHELASTIC_RUN_ID": "1"}, True, ["parent"]),
         ({"TORCHELASTIC_RUN_ID": "1", "DVC_STAGE": "train"}, True, ["parent", "test"]),
     ],
 )

@@ -244,6 +244,7 @@ def test_metrics_describe_the_training(corpus, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_loss_on_a_markov_source_reaches_its_entropy_and_not_less(tmp_path):
     """The true model's loss on the scored text is the floor; a lower loss would mean leakage."""
     V, order, n = 8, 2, 400_000
