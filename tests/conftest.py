@@ -13,12 +13,6 @@ torch.set_num_threads(1)  # for tensors this small, more threads only wait for e
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
 
 
-def pytest_itemcollected(item):
-    """Run the tests of a file, and those that need a server, in the same worker: they share slow fixtures."""
-    servers = {"server", "current_server", "old_server"} & set(item.fixturenames)
-    item.add_marker(pytest.mark.xdist_group("servers" if servers else str(item.path)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_decoders(tmp_path_factory):
     """Cache folder for compiled decoders, separate from the user's."""
