@@ -66,9 +66,20 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             _exit(1, f"{prefix}cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        if is_out_of_memory(error):
+            advice = "reduce the model, its context, the batch size or the number of samples"
+            _exit(1, f"{prefix}not enough memory: {' '.join(str(error).split()) or 'allocation failed'}; {advice}")
         if world_size == 1:
             raise
         _exit(1, f"{prefix}failed\n{traceback.format_exc().rstrip()}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an allocation failed in Python, NumPy or torch, which raises RuntimeError on a CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
 
 
 def _exit(code: int, message: str) -> NoReturn:

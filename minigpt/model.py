@@ -317,6 +317,21 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the state dict by name. No memory is allocated, however large the model is."""
+    # Rotary angles, which are not in the state dict, import torch's compiler on this device, which takes four seconds.
+    one_block = config.model_copy(update={"n_layer": 1, "positions": "learned"})
+    with torch.device("meta"):
+        state = GPT(one_block, vocab_size).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if config.positions != "learned":
+        del shapes["position.weight"]
+    block = {name: shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    for number in range(1, config.n_layer):
+        shapes |= {name.replace(".0.", f".{number}.", 1): shape for name, shape in block.items()}
+    return shapes
+
+
 def rotary_angles(config: ModelParams, length: int) -> Rotary:
     """Return cosines and sines of the rotary angles of the first ``length`` positions, float32 (length, S/2).
 
