@@ -6,6 +6,8 @@ import torch
 
 from minigpt.errors import Interrupted, PeerLostError, UserError, run
 
+LESS_MEMORY = "reduce the model, its context, the batch size or the number of samples"
+
 
 @pytest.fixture
 def report(monkeypatch, capsys):
@@ -38,8 +40,7 @@ def rank_1_of_2(monkeypatch):
         (
             MemoryError("Unable to allocate 9 TiB"),
             1,
-            "minigpt: not enough memory: Unable to allocate 9 TiB; "
-            "reduce the model, its context, the batch size or the number of samples\n",
+            f"minigpt: not enough memory: Unable to allocate 9 TiB; {LESS_MEMORY}\n",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
@@ -52,12 +53,14 @@ def test_expected_error_is_reported_in_one_line(report, error, code, line):
     assert report(error) == (code, line)
 
 
-def test_failed_allocation_of_torch_is_reported_in_one_line():
-    def allocate():
+def test_failed_allocation_of_torch_is_reported_in_one_line(report):
+    with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 45)
-
-    with pytest.raises(SystemExit):
-        run(allocate)
+    code, message = report(error.value)
+    assert code == 1
+    assert message.startswith("minigpt: not enough memory: ")
+    assert message.endswith(f"; {LESS_MEMORY}\n")
+    assert message.count("\n") == 1
 
 
 def test_user_error_under_dvc_explains_how_to_restore_the_outputs(report, monkeypatch):
