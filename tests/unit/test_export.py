@@ -158,7 +158,7 @@ TAMPERED = [
     (edit(vocab_size=10**12), "config.json: the model has 1000000000000 characters, but its tokenizer 3"),
     (edit(vocab_size=3.0), "config.json: vocab_size: expected an integer"),
     (edit(vocab_size="3"), "config.json: vocab_size: expected an integer"),
-    (write("config.json", b'{"vocab_size": 3, "model": null}'), "config.json: model: expected a section of keys and values"),
+    (write("config.json", b'{"vocab_size": 3, "model": null}'), "config.json: model: expected a section"),
     (write("config.json", b'{"vocab_size": 3, "model": {}}'), "config.json: 19 mistakes"),
     (write("config.json", DEEP), "config.json: not the description of a model"),
     (write("config.json", b"[1]"), "config.json: not the description of a model"),
