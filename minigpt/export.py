@@ -51,7 +51,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, T
     Raises:
         UserError: the folder or a file is missing, damaged, or does not match the others.
     """
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{folder}: not readable: {error.strerror}") from None
+    if not found:
         raise UserError(f"{folder}: no such model; train one with `dvc repro train`, or fetch one with `dvc pull`")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     config = _read_config(folder / "config.json", tokenizer.vocab_size)

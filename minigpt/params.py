@@ -32,7 +32,7 @@ Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[NotNegative, AfterValidator(_check_temperature)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")]
 Compile = Literal["auto", "always", "never"]
 Overflow = Literal["reread", "slide", "roll"]
 

@@ -99,6 +99,7 @@ def test_compiler_that_writes_no_library_is_named(tmp_path, monkeypatch, script,
     assert not list(tmp_path.rglob("native*.so"))
 
 
+@pytest.mark.slow
 def test_command_writes_with_a_truncated_library(compiled, tmp_path):
     model = build()
     export.export(tmp_path / "gpt", model.config, model.state_dict(), Tokenizer("\nabcdefghij"))
