@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import logging
 import os
 import re
 import signal
 import threading
 import warnings
+from collections.abc import AsyncIterator
 from collections.abc import Generator as PyGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,8 +62,19 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.generator = Generator.load(Path(context.artifacts["model"]), choose_device("auto"))
         self.scheduler = Scheduler(MOST_REQUESTS)
         refuse_unknown_params()
-        with suppress(RuntimeError):
-            self._serve(asyncio.get_running_loop())  # MLflow's server loads the model in its event loop
+        if "__pyfunc_model_path__" in os.environ:  # MLflow's server, which creates its application next
+            self._prepare_application()
+
+    def _prepare_application(self) -> None:
+        """Let MLflow's application call :meth:`_serve` when it starts, because MLflow has no hook for that."""
+        import fastapi
+
+        @asynccontextmanager
+        async def lifespan(_app: fastapi.FastAPI) -> AsyncIterator[None]:
+            self._serve(asyncio.get_running_loop())
+            yield
+
+        fastapi.FastAPI = functools.partial(fastapi.FastAPI, lifespan=lifespan)  # type: ignore[misc, assignment]
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """Prepare the server whose event loop this is for many requests, and for SIGTERM."""
@@ -90,8 +103,8 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Continue each prompt of the column ``prompt``.
 
         Raises:
-            MlflowException: a prompt has a character outside the vocabulary, a parameter is out of range, or the request
-                is too large or cannot be answered in time.
+            MlflowException: a prompt has a character outside the vocabulary, a parameter is out of range, or the
+                request is too large or cannot be answered in time.
         """
         from mlflow.exceptions import MlflowException
 
