@@ -100,7 +100,7 @@ def require_file(path: Path, largest: int | None = None) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Return the content of a JSON file; raise a UserError, which says that it is not ``what``, if that fails."""
+    """Return the content of a JSON file. The UserError for any other file says that it is not ``what``."""
     require_file(path, LARGEST_JSON)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ class Scheduler:
         threading.Thread(target=self._work, name="scheduler", daemon=True).start()
 
     def run(self, steps: Generator[Any, None, T], work: int, seconds: float | None = None) -> T:
-        """Return what the generator ``steps`` returns. Other requests may run whenever it yields.
+        """Run the generator ``steps`` to its end and return its result. Other requests may run whenever it yields.
 
         Requests of about the same ``work`` run in the order of their arrival.
 

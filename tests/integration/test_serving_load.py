@@ -64,7 +64,7 @@ def ask(port, seed=1, **params):
 
 
 def abandon(port, content, declared=None):
-    """Send a request, or a part of it, and return the connection."""
+    """Send a whole or a partial request, and return the connection."""
     data = json.dumps(content).encode() if isinstance(content, dict) else content
     head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {declared or len(data)}"
