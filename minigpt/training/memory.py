@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from minigpt.errors import UserError
-from minigpt.model import weight_shapes
+from minigpt.model import hidden_size, weight_shapes
 from minigpt.params import Params
 
 BYTES_PER_WEIGHT = 16
@@ -18,9 +18,12 @@ def lower_bounds(params: Params, vocab_size: int) -> tuple[int, int]:
     model, train = params.model, params.train
     weights = sum(math.prod(shape) for shape in weight_shapes(model, vocab_size).values())
     characters = train.batch_size // train.grad_accum * model.block_size
-    # The input of each block in bfloat16, and logits in float32. Without activation checkpointing, it is several times
-    # as much.
-    return BYTES_PER_WEIGHT * weights, characters * (2 * model.n_layer * model.n_embd + 4 * vocab_size)
+    # In bfloat16: the input of each block and, unless they are computed again, queries, keys, values, the result of
+    # attention, and the hidden layer. In float32: the log-probabilities and the gradient of the logits.
+    per_block = model.n_embd
+    if not train.activation_checkpointing:
+        per_block += 4 * model.n_head * model.head_size + hidden_size(model)
+    return BYTES_PER_WEIGHT * weights, characters * (2 * model.n_layer * per_block + 8 * vocab_size)
 
 
 def check_memory(params: Params, vocab_size: int, device: torch.device, world_size: int = 1) -> None:
