@@ -28,9 +28,9 @@ def test_impossible_training_is_refused_before_it_allocates(sections, message):
 def test_estimate_is_a_lower_bound_that_grows_with_the_micro_batch():
     small = params_with()
     check_memory(small, 65, CPU)
-    weights, activations = lower_bounds(small, 65)
+    weights, activations = lower_bounds(small, 65, CPU)
     assert weights < 10**6
     twice = params_with(train={"batch_size": 2 * small.train.batch_size})
-    assert lower_bounds(twice, 65) == (weights, 2 * activations)
+    assert lower_bounds(twice, 65, CPU) == (weights, 2 * activations)
     split = params_with(train={"batch_size": 2 * small.train.batch_size, "grad_accum": 2})
-    assert lower_bounds(split, 65) == (weights, activations)
+    assert lower_bounds(split, 65, CPU) == (weights, activations)
