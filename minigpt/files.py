@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 
-
 from minigpt.errors import UserError
 
 LARGEST_JSON = 64 << 20

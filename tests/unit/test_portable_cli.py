@@ -59,6 +59,7 @@ def test_input_that_is_not_text_is_one_line(exported, line, message):
     assert (ran.returncode, ran.stdout) == (1, "")
 
 
+@pytest.mark.slow
 def test_closed_streams_and_other_locales_do_not_change_the_text(exported):
     text = write(exported, "minigpt write ज --seed 1").stdout
     assert text.startswith("ज")
