@@ -63,7 +63,7 @@ class KVCache:
         self.layers = [LayerCache(self.kv[n, 0], self.kv[n, 1], self.current) for n in range(config.n_layer)]
         earlier = (batch_size, config.embd_conv - 1, config.n_embd)
         self.embeddings = torch.zeros(earlier, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        self.mask = causal_mask(slots, self.window).to(device, dtype)
+        self._masks: dict[tuple[int, int], Tensor] = {}
         self.length = self.used = 0
 
     def clear(self) -> None:
@@ -84,8 +84,15 @@ class KVCache:
         current.positions = slice(self.length, self.length + count)
         current.slots = slice(first, end)
         current.visible = begin, end - begin
-        current.mask = self.mask[first - begin : end - begin, : end - begin] if count > 1 else None
+        current.mask = self._mask(count, end - begin) if count > 1 else None
         return current
+
+    def _mask(self, count: int, visible: int) -> Tensor:
+        """Return the mask of the last ``count`` of ``visible`` characters; only the latest one is kept in memory."""
+        if (count, visible) not in self._masks:
+            mask = causal_mask(visible, self.window)[visible - count :]
+            self._masks = {(count, visible): mask.to(self.device, self.dtype)}
+        return self._masks[count, visible]
 
     def advance(self, count: int) -> None:
         """Count ``count`` characters as read, after their keys and values were stored."""

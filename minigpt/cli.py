@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import secrets
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from minigpt.data.tokenizer import Tokenizer
 
 MODEL, RESULTS = Path("models/gpt"), Path("results")
+LONGEST_PROMPT = 64 << 20
+"""Bytes that are read from standard input, which may have no end."""
+
 FilePath = click.Path(path_type=Path)
 
 
@@ -111,14 +113,16 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     minigpt write "ROMEO:"
     echo "ROMEO:" | minigpt write --temperature 1 --stop "JULIET:"
     """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
-    if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
-    prompt = prompt or "\n"
+    prompt = (read_prompt() if prompt is None else from_argument(prompt, "the prompt")) or "\n"
     if options["seed"] is None:
         options["seed"] = secrets.randbits(63)
         if sys.stderr.isatty():
             print(f"minigpt: --seed {options['seed']}", file=sys.stderr)
-    values = options | {"stop": list(options["stop"]), "prompts": [prompt], "num_samples": 1}
+    values = options | {
+        "stop": [from_argument(stop, "--stop") for stop in options["stop"]],
+        "prompts": [prompt],
+        "num_samples": 1,
+    }
     sampling = params.validate(WriteParams, values, rename=option_name)
     from minigpt.runtime import cpu
 
@@ -136,6 +140,34 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
     pieces = (piece for (piece,) in generator.stream(prompt, sampling))
     show(graphemes(itertools.chain([prompt], pieces)))
+
+
+def from_argument(text: str, name: str) -> str:
+    """Return an argument of the program, which is UTF-8 even if Python has read it in an ASCII locale."""
+    return decode(os.fsencode(text), name)
+
+
+def read_prompt() -> str:
+    """Return the text on standard input, as UTF-8 in any locale; in a terminal, an empty one."""
+    if sys.stdin.isatty():
+        return ""
+    try:
+        data = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+    except OSError as error:
+        raise errors.UserError(f"standard input: not readable: {error.strerror or error}") from None
+    if len(data) > LONGEST_PROMPT:
+        raise errors.UserError(f"standard input: longer than {LONGEST_PROMPT >> 20} MB, the limit for a prompt")
+    return decode(data, "standard input").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode(data: bytes, name: str) -> str:
+    """Return UTF-8 as text, or raise a UserError that starts with ``name``."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.start + 1} is 0x{data[error.start]:02x}"
+        advice = "convert the text, for example with `iconv -f LATIN1 -t UTF-8`"
+        raise errors.UserError(f"{name}: not UTF-8: {wrong}; {advice}") from None
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:
@@ -269,6 +301,4 @@ def main() -> None:
 
 def run() -> None:
     """Run ``minigpt`` as a program."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     errors.run(main)

@@ -4,13 +4,18 @@ When one process of a distributed job fails, torchrun ends the others. They dela
 the user sees only the first error.
 """
 
+import codecs
 import errno
+import io
 import os
 import platform
+import stat
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure, while torchrun ends it
@@ -44,6 +49,8 @@ def run(main: Callable[[], None]) -> None:
 
     Unexpected errors keep their traceback. In a distributed job it is printed with the rank and the host.
     """
+    open_streams()
+    provide_home()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     prefix = "minigpt: " if world_size == 1 else f"minigpt: rank {rank} of {world_size}, on {platform.node()}: "
     try:
@@ -66,9 +73,46 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             _exit(1, f"{prefix}cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        if is_out_of_memory(error):
+            advice = "reduce the model, its context, the batch size or the number of samples"
+            _exit(1, f"{prefix}not enough memory: {' '.join(str(error).split()) or 'allocation failed'}; {advice}")
         if world_size == 1:
             raise
         _exit(1, f"{prefix}failed\n{traceback.format_exc().rstrip()}")
+
+
+def open_streams() -> None:
+    """Connect closed standard streams to the null device, and let no character of a message end the program."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # else the next file that is opened would become this stream of child processes
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, descriptor == number)
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r", encoding="utf-8"))
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            # Without a locale, as under cron, the text is still UTF-8.
+            unset = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+            stream.reconfigure(encoding="utf-8" if unset else None, errors=errors)
+
+
+def provide_home() -> None:
+    """Set HOME for a user who has none, such as one of a container without a passwd entry. MLflow and DVC need it."""
+    try:
+        Path.home()
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"minigpt-home-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+        os.environ["HOME"] = str(folder) if private else tempfile.mkdtemp(prefix="minigpt-home-")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an allocation failed in Python, NumPy or torch, which raises RuntimeError on a CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
 
 
 def _exit(code: int, message: str) -> NoReturn:

@@ -3,21 +3,26 @@
 Nothing is unpickled, so loading a model executes no code.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-from minigpt.files import atomic_directory, write_json
-from minigpt.model import GPT
-from minigpt.params import ModelParams
+from minigpt.files import atomic_directory, read_json, require_file, write_json
+from minigpt.model import GPT, weight_shapes
+from minigpt.params import Count, ModelParams, Section, validate
+
+
+class ModelDescription(Section):
+    """Content of config.json."""
+
+    vocab_size: Count
+    model: ModelParams
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -46,39 +51,54 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, T
     Raises:
         UserError: the folder or a file is missing, damaged, or does not match the others.
     """
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{folder}: not readable: {error.strerror}") from None
+    if not found:
         raise UserError(f"{folder}: no such model; train one with `dvc repro train`, or fetch one with `dvc pull`")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    config, vocab_size = _read_config(folder / "config.json")
-    if vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{folder}: the model has {vocab_size} characters, but its tokenizer {tokenizer.vocab_size}")
+    config = _read_config(folder / "config.json", tokenizer.vocab_size)
     path = folder / "model.safetensors"
+    require_file(path)
     try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        with safe_open(path, "pt") as file:
+            _check_tensors(path, file, config, tokenizer.vocab_size)
+            weights = file.get_tensors()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
-    model = GPT(config, vocab_size)
-    if config.tied_head and "embedding.weight" in weights:
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{path}: {name} has values that are not finite; train again with `dvc repro --force train`"
+            )
+    if config.tied_head:
         weights["head.weight"] = weights["embedding.weight"]
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if expected != found:
-        name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise UserError(
-            f"{path}: the shape of {name} is {found.get(name, 'missing')}, "
-            f"but config.json requires {expected.get(name, 'no such tensor')}"
-        )
+    model = GPT(config, tokenizer.vocab_size)
     model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer
 
 
-def _read_config(path: Path) -> tuple[ModelParams, Any]:
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        return ModelParams.model_validate(described["model"]), described["vocab_size"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{path}: not the description of a model: {str(error).splitlines()[0]}") from None
+def _read_config(path: Path, vocab_size: int) -> ModelParams:
+    described = read_json(path, "the description of a model")
+    if not isinstance(described, dict):
+        raise UserError(f"{path}: not the description of a model: expected the keys vocab_size and model")
+    description = validate(ModelDescription, described, f"{path}: ")
+    if description.vocab_size != vocab_size:
+        raise UserError(f"{path}: the model has {description.vocab_size} characters, but its tokenizer {vocab_size}")
+    return description.model
+
+
+def _check_tensors(path: Path, file: Any, config: ModelParams, vocab_size: int) -> None:
+    """Compare the header of a safetensors file with the shapes that the model requires. No tensor is read."""
+    expected = weight_shapes(config, vocab_size)
+    if config.tied_head:
+        del expected["head.weight"]
+    for name in sorted(expected.keys() | file.keys()):
+        stored = file.get_slice(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
+        shape = tuple(stored.get_shape()) if stored else "missing"
+        if shape != expected.get(name):
+            wanted = expected.get(name, "no such tensor")
+            raise UserError(f"{path}: the shape of {name} is {shape}, but config.json requires {wanted}")
+        if stored and stored.get_dtype() != "F32":
+            raise UserError(f"{path}: {name} has the type {stored.get_dtype()}, but weights must be F32")

@@ -1,4 +1,4 @@
-"""Atomic writes: a directory appears complete or not at all, also after a crash."""
+"""JSON files that may be damaged, and atomic writes: a directory appears complete or not at all, also after a crash."""
 
 import csv
 import errno
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from minigpt.errors import UserError
+
+LARGEST_JSON = 64 << 20
+"""Bytes of the largest JSON file that is read: a vocabulary of all code points has a quarter of it."""
 
 
 def workspace() -> Path:
@@ -77,6 +82,29 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def require_file(path: Path, largest: int | None = None) -> None:
+    """Raise a UserError unless ``path`` is a regular file of at most ``largest`` bytes; a FIFO would block."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file, but this is {'a folder' if path.is_dir() else 'none'}")
+    if largest is not None and size > largest:
+        raise UserError(f"{path}: {size:,} bytes are too many; expected at most {largest:,}")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file. The UserError for any other file says that it is not ``what``."""
+    require_file(path, LARGEST_JSON)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not {what}: {' '.join(str(error).split())}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -114,7 +114,7 @@ class FeedForward(nn.Module):
         super().__init__()
         activation = ACTIVATIONS[config.activation]
         self.activate = activation.function
-        hidden = max(1, round(config.mlp_ratio * config.n_embd))
+        hidden = hidden_size(config)
         self.up = Linear(config.n_embd, activation.maps * hidden, bias=config.bias)
         self.down = Linear(hidden, config.n_embd, bias=config.bias)
 
@@ -315,6 +315,35 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """Return how many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
+
+
+def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the state dict by name, without building the model, which may be huge."""
+    C, width = config.n_embd, config.n_head * config.head_size
+    hidden = hidden_size(config)
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if config.bias else {})
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.{part}": (C,) for part in ("weight", "bias") if config.norm_affine}
+
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, C)}
+    if config.positions == "learned":
+        shapes["position.weight"] = (config.block_size, C)
+    if config.embd_conv > 1:
+        shapes["conv"] = (config.embd_conv - 1, C)
+    for block in (f"blocks.{number}" for number in range(config.n_layer)):
+        shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2")
+        shapes |= linear(f"{block}.attention.qkv", 3 * width, C) | linear(f"{block}.attention.out", C, width)
+        shapes |= linear(f"{block}.feed_forward.up", ACTIVATIONS[config.activation].maps * hidden, C)
+        shapes |= linear(f"{block}.feed_forward.down", C, hidden)
+    return shapes | norm("norm") | linear("head", vocab_size, C)
+
+
+def hidden_size(config: ModelParams) -> int:
+    """Return the width of the hidden layer of a feed-forward layer."""
+    return max(1, round(config.mlp_ratio * config.n_embd))
 
 
 def rotary_angles(config: ModelParams, length: int) -> Rotary:

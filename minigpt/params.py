@@ -6,19 +6,33 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from minigpt.choices import ACTIVATIONS, SCHEDULES
 from minigpt.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+LOWEST_TEMPERATURE = 1e-6
+
+
+def _check_temperature(temperature: float) -> float:
+    """Reject temperatures so small that logits divided by them may be infinite."""
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(f"must be 0, or at least {LOWEST_TEMPERATURE}, got {temperature}")
+    return temperature
+
+
+# The upper limits are far above any use. Below them, sizes fit in 64 bits and products of numbers in a float32.
+Count = Annotated[int, Field(ge=1, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
+Batch = Annotated[int, Field(ge=1, le=10**6)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+Temperature = Annotated[NotNegative, AfterValidator(_check_temperature)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")]
 Compile = Literal["auto", "always", "never"]
 Overflow = Literal["reread", "slide", "roll"]
 
@@ -47,16 +61,16 @@ class DataParams(Section):
 class ModelParams(Section):
     """The architecture; the stage train depends on it."""
 
-    n_layer: Count
-    n_head: Count
-    head_size: Count
-    n_embd: Count
-    block_size: Annotated[int, Field(ge=2)]
-    attention_window: CountOrZero
+    n_layer: Annotated[int, Field(ge=1, le=1000)]
+    n_head: Annotated[int, Field(ge=1, le=1000)]
+    head_size: Annotated[int, Field(ge=1, le=10_000)]
+    n_embd: Annotated[int, Field(ge=1, le=100_000)]
+    block_size: Annotated[int, Field(ge=2, le=100_000)]
+    attention_window: Annotated[int, Field(ge=0, le=100_000)]
     positions: Literal["learned", "rotary"]
-    rotary_base: Positive
+    rotary_base: Annotated[float, Field(ge=1, le=1e9)]
     activation: Literal[tuple(ACTIVATIONS)]  # type: ignore[valid-type]
-    mlp_ratio: Positive
+    mlp_ratio: Annotated[float, Field(gt=0, le=100)]
     norm_affine: bool
     embd_norm: bool
     qk_norm: bool
@@ -85,9 +99,9 @@ class TrainParams(Section):
     compile: Compile
     deterministic: bool
     max_iters: CountOrZero
-    batch_size: Count
-    grad_accum: Count
-    processes: Count
+    batch_size: Batch
+    grad_accum: Batch
+    processes: Annotated[int, Field(ge=1, le=1000)]
     parallel: Literal["ddp", "fsdp"]
     activation_checkpointing: bool
     optimizer: Literal["adamw", "muon"]
@@ -96,7 +110,7 @@ class TrainParams(Section):
     momentum: Fraction
     beta1: Fraction
     beta2: Fraction
-    epsilon: Positive
+    epsilon: Annotated[float, Field(ge=1e-30, le=1)]
     weight_decay: NotNegative
     schedule: Literal[tuple(SCHEDULES)]  # type: ignore[valid-type]
     warmup_iters: CountOrZero
@@ -132,7 +146,7 @@ class SamplingParams(Section):
     """
 
     max_new_tokens: CountOrZero = Field(default=500, description="characters to write after the prompt, at most")
-    temperature: NotNegative = Field(default=0.8, description="divides the logits; 0: always the most likely character")
+    temperature: Temperature = Field(default=0.8, description="divides the logits; 0: always the most likely character")
     top_k: CountOrZero = Field(default=0, description="keep only the k most likely characters; 0: keep all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.95, description="keep the most likely characters that together reach this probability; 1: keep all"
@@ -140,10 +154,12 @@ class SamplingParams(Section):
     min_p: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="keep characters at least this fraction as likely as the most likely one; 0: keep all"
     )
-    repetition_penalty: Positive = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] = Field(
         default=1.0, description="divides the logits of characters in the context; 1: off"
     )
-    stop: list[Text] = Field(default=[], description="end the text before this string")
+    stop: Annotated[list[StopString], Field(max_length=100)] = Field(
+        default=[], description="end the text before this string"
+    )
     seed: Seed = Field(default=1337, description="the same seed and settings write the same text")
     overflow: Overflow = Field(default="reread", description="what to do when the context is full")
 
@@ -152,7 +168,7 @@ class SampleParams(SamplingParams):
     """The generated samples; the stage sample depends on them."""
 
     prompts: Annotated[list[Text], Field(min_length=1)]
-    num_samples: Count
+    num_samples: Annotated[int, Field(ge=1, le=10_000)]
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(default="auto", description="format of the weights")
     compile: Compile = Field(default="auto", description="whether to use a decoder compiled with g++, on a CPU")
 
@@ -332,6 +348,8 @@ def _explain(model: type[Section], error: Any) -> str:
             return f"must be {words} {str(context[limit]).removesuffix('.0')}, got {_shown(value)}"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty"
+    if kind in ("string_too_long", "too_long"):
+        return f"must have at most {context['max_length']} {'characters' if kind[0] == 's' else 'entries'}"
     return f"{error['msg']}, got {_shown(value)}"
 
 

@@ -2,25 +2,41 @@
 
 import csv
 import itertools
-import json
 from pathlib import Path
-from typing import Any
 
 from minigpt import params
 from minigpt.errors import UserError
+from minigpt.files import read_json
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
+
+FILES = [
+    "train/metrics.json", "train/history.csv", "evaluate/metrics.json", "sample/metrics.json", "sample/samples.txt",
+]  # fmt: skip
 
 
 def summarize(model: Path, results: Path) -> str:
     """Return the summary of the stages that wrote to the folders ``model`` and ``results``."""
+    for name in FILES:
+        if not (results / name).exists():
+            raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
+    try:
+        return _summary(model, results)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{results}: damaged ({reason}); `dvc checkout dvc.yaml` restores the files") from None
+
+
+def _summary(model: Path, results: Path) -> str:
     source = params.load().data.source
-    train, evaluation, sample = (_metrics(results / stage) for stage in ("train", "evaluate", "sample"))
+    train, evaluation, sample = (
+        read_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
+    )
     val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
     best, ngram = min((loss, name) for name, loss in evaluation["baselines"].items() if name != "characters")
     comparison = "better" if val["loss"] < best else "worse"
     error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
-    with (results / "train" / "history.csv").open(newline="") as file:
+    with (results / "train" / "history.csv").open(newline="", encoding="utf-8") as file:
         untrained = float(next(csv.DictReader(file))["val_loss"])
     sample_lines = filter(str.strip, (results / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")[1:])
     excerpt = "\n".join(f"  | {line[:75]}" for line in itertools.islice(sample_lines, 12))
@@ -58,11 +74,3 @@ def summarize(model: Path, results: Path) -> str:
     {runs:<48} show the curves
     make shakespeare                                 train on a larger text
 """
-
-
-def _metrics(stage: Path) -> dict[str, Any]:
-    path = stage / "metrics.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `dvc repro` writes it") from None

@@ -5,6 +5,7 @@ python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/{
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,8 @@ def score_training(model: GPT, train: Split, max_chars: int) -> dict[str, Any]:
 def summarize(name: str, scored: Score) -> dict[str, Any]:
     """Print the loss of a split and return it in each unit."""
     bits, count = scored.bits, scored.count
+    if not math.isfinite(scored.loss):
+        raise errors.UserError(f"{MODEL}: the {name} loss is {scored.loss}; the weights are damaged or too large")
     print(f"minigpt: {name}: {scored.loss:.4f} nats, {bits:.4f} bits per character, {count:,} characters")
     return {"loss": scored.loss, "bits_per_character": bits, "perplexity": scored.perplexity, "characters": count}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from minigpt.data.unicode import code_points, nfc
 from minigpt.errors import UserError
-from minigpt.files import write_json
+from minigpt.files import read_json, write_json
 
 CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
@@ -84,16 +84,15 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Read a vocabulary written by :meth:`save`. Raise a UserError if the file is missing or not a vocabulary."""
+        content = read_json(path, "a vocabulary")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             characters, normalize = content["characters"], content["normalize"]
             if not isinstance(characters, str) or not characters or len(set(characters)) != len(characters):
                 raise ValueError("characters must be a non-empty string without repeated characters")
+            characters.encode()  # raises a ValueError for surrogates, which cannot be written
             if normalize not in ("none", "NFC"):
-                raise ValueError(f"normalize must be none or NFC, got {normalize!r}")
+                raise ValueError(f"normalize must be none or NFC, got {reprlib.repr(normalize)}")
             return cls(characters, normalize)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a vocabulary: {error}") from None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minigpt.data.dataset import EvalBatch
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.errors import UserError
 from minigpt.files import write_csv
 
 BINS = 15
@@ -37,6 +38,8 @@ class Breakdown:
 
     def add(self, batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
         """Count the targets that no earlier batch has scored, given the logits (B, T, V) and -ln p of each (B, T)."""
+        if not nats.isfinite().all():
+            raise UserError("the loss of a character is not finite; the model's weights are damaged or too large")
         start, stop = batch.already_scored, nats.size(1)
         nats, logits, targets = nats[:, start:], logits[:, start:], batch.targets[:, start:]
         self._positions[0, start:stop] += nats.double().sum(0)

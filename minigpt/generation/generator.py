@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minigpt.cache import KVCache
 from minigpt.data.tokenizer import Tokenizer
@@ -79,9 +78,15 @@ class Generator:
     def stream(
         self, prompt: str, sampling: SamplingParams, samples: int = 1, name: str = "the prompt"
     ) -> Iterator[list[str]]:
-        """Yield the text of :meth:`generate` as it is written: a list with the next piece of each sample."""
+        """Yield the text of :meth:`generate` as it is written: a list with the next piece of each sample.
+
+        Pieces may be empty: at a possible start of a stop string, and after each part of a long prompt.
+        """
         texts = [StopStrings(sampling.stop) for _ in range(samples)]
         for ids in self._ids(prompt, sampling, samples, name):
+            if not ids:
+                yield [""] * samples
+                continue
             characters = map(self.tokenizer.characters.__getitem__, ids)
             yield [text.add(character) for text, character in zip(texts, characters, strict=True)]
             if sampling.stop and all(text.ended for text in texts):
@@ -91,7 +96,7 @@ class Generator:
 
     @torch.inference_mode()
     def _ids(self, prompt: str, sampling: SamplingParams, samples: int, name: str) -> Iterator[list[int]]:
-        """Yield the new characters, each as a list of one id per sample.
+        """Yield the new characters, each as a list of one id per sample; an empty list after each part of the prompt.
 
         The cache holds the characters from ``start`` on. When the context is full, ``reread`` starts again with its
         last half, and ``slide`` with all but its first character, for every further one: the most context that the
@@ -105,24 +110,31 @@ class Generator:
         if roll and self.config.positions == "learned":
             raise UserError("overflow: roll needs rotary positions, but this model has learned ones; use reread")
         prompt_ids = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64))
-        count, end = sampling.max_new_tokens, len(prompt_ids)
-        uniforms = torch.from_numpy(draw_uniforms(sampling.seed, samples, count)).to(self.device)
-        text = torch.empty(samples, end + count, dtype=torch.int64, device=self.device)
-        text[:, :end] = prompt_ids
+        text, end = prompt_ids.to(self.device).expand(samples, -1), len(prompt_ids)
         start = 0 if roll else max(0, end - context)
         window = self.config.attention_window or context
         with self._empty_cache(samples, context + window if roll else context) as cache:
-            for number in range(count):
-                if not roll and end - start > context:
-                    start = end - (context if sampling.overflow == "slide" else max(1, context // 2))
-                    cache.clear()
-                logits = self._read(text[:, start + cache.length : end], cache)
-                if sampling.repetition_penalty != 1:
-                    logits = penalize(logits, text[:, max(0, end - context) : end], sampling.repetition_penalty)
-                ids = sample(logits, sampling, uniforms[:, number])
-                text[:, end] = ids
-                end += 1
-                yield ids.tolist()
+            for drawn in draw_uniforms(sampling.seed, samples, sampling.max_new_tokens):
+                uniforms = torch.from_numpy(drawn).to(self.device)
+                # Nothing reads characters from before the context again, except the first time, from the prompt.
+                dropped = max(0, end - context) if cache.length else 0
+                start, end = start - dropped, end - dropped
+                text = torch.cat((text[:, dropped : dropped + end], text.new_empty(uniforms.shape)), 1)
+                for uniform in uniforms.unbind(1):
+                    if not roll and end - start > context:
+                        start = end - (context if sampling.overflow == "slide" else max(1, context // 2))
+                        cache.clear()
+                    *earlier, last = text[:, start + cache.length : end].split(context, 1)
+                    for piece in earlier:
+                        self.decoder(piece, cache, 1)
+                        yield []
+                    logits = self.decoder(last, cache, 1)[:, -1]
+                    if sampling.repetition_penalty != 1:
+                        logits = penalize(logits, text[:, max(0, end - context) : end], sampling.repetition_penalty)
+                    ids = sample(logits, sampling, uniform)
+                    text[:, end] = ids
+                    end += 1
+                    yield ids.tolist()
 
     @contextmanager
     def _empty_cache(self, samples: int, slots: int) -> Iterator[KVCache]:
@@ -136,9 +148,3 @@ class Generator:
             yield cache
         finally:
             self._last_cache = cache
-
-    def _read(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Read characters (B, T), at most a context at a time, and return the logits of the next one, (B, V)."""
-        for piece in ids.split(self.config.block_size, 1):
-            logits = self.decoder(piece, cache, 1)
-        return logits[:, -1]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minigpt.cache import KVCache
 from minigpt.errors import UserError
-from minigpt.generation.compiler import NotCompiledError, build_in_background, build_library, library_path
+from minigpt.generation.compiler import NotCompiledError, build_in_background, build_library, is_intact, library_path
 from minigpt.model import GPT, Linear, Norm, rotary_angles
 from minigpt.params import ModelParams
 from minigpt.quantize import WeightDtype, quantize_int8
@@ -56,7 +56,7 @@ def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters:
             raise NotCompiledError("it runs on a CPU only")
         if model.config.activation not in ACTIVATIONS:
             raise NotCompiledError(f"it does not implement model.activation = {model.config.activation}")
-        if mode == "auto" and characters < PAYS_FROM and not library_path().exists():
+        if mode == "auto" and characters < PAYS_FROM and not is_intact(library_path()):
             build_in_background()
             return None
         return NativeGPT(model, dtype, build_library())
@@ -140,7 +140,7 @@ class NativeGPT:
         config, name = model.config, "float64" if self.dtype == torch.float64 else dtype
         try:
             self.function: Callable[..., None] = ctypes.CDLL(str(library))[f"forward_{name}"]
-        except OSError as error:
+        except (OSError, AttributeError) as error:
             raise NotCompiledError(str(error)) from None
         self.tensors = list[Tensor]()
         # A row for each character at each tap of the convolution, the newest last, and a row of zeros for none.

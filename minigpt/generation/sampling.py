@@ -1,12 +1,20 @@
 """Choice of the next character: filters of the distribution, draws from it, and stop strings."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from minigpt.errors import UserError
 from minigpt.params import SamplingParams
+
+CHUNK = 1 << 14
+"""Characters for which memory is reserved, and random numbers are drawn, in advance."""
 
 
 def filter_probabilities(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -40,7 +48,13 @@ def penalize(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> Tensor:
-    """Choose one character per row of logits (B, V): the quantiles ``uniforms`` (B,) in [0, 1) of the distributions."""
+    """Choose one character per row of logits (B, V): the quantiles ``uniforms`` (B,) in [0, 1) of the distributions.
+
+    Raises:
+        UserError: a logit is infinite or not a number.
+    """
+    if not math.isfinite(logits.sum()):  # a quarter of the time of isfinite().all()
+        raise UserError("the model computes logits that are not finite; its weights are damaged or too large")
     if not sampling.temperature:
         return logits.argmax(-1)
     cumulative = filter_probabilities(logits, sampling).cumsum(-1)
@@ -48,19 +62,29 @@ def sample(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> Tensor
     return torch.searchsorted(cumulative, quantile, right=True).view(-1).clamp_max(logits.size(-1) - 1)
 
 
-def draw_uniforms(seed: int, samples: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Return numbers in [0, 1), (samples, length); row i depends on the seed and i alone."""
-    rows = [np.random.Philox(key=[seed, sample]).random_raw(length) for sample in range(samples)]
-    return np.stack(rows).astype(np.uint64).reshape(samples, length) / 2.0**64 * (1 - 2.0**-53)
+def draw_uniforms(seed: int, samples: int, length: int) -> Iterator[NDArray[np.float64]]:
+    """Yield arrays (samples, n) of numbers in [0, 1), of ``length`` columns in all, as they are needed.
+
+    Row i depends on the seed and i alone.
+    """
+    rows = [np.random.Philox(key=[seed, sample]) for sample in range(samples)]
+    for start in range(0, length, CHUNK):
+        drawn = np.stack([row.random_raw(min(CHUNK, length - start)) for row in rows]).astype(np.uint64)
+        yield drawn / 2.0**64 * (1 - 2.0**-53)
 
 
 class StopStrings:
-    """A text as it is written, cut before the first of its stop strings; a possible start of one is held back."""
+    """A text as it is written, cut before the first of its stop strings; a possible start of one is held back.
+
+    Each stop string is matched in constant time per character, on average (Knuth, Morris and Pratt 1977).
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = stop
-        self.held = ""
         self.ended = False
+        self._held: deque[str] = deque()
+        self._borders = [_borders(one) for one in stop]
+        self._matched = [0] * len(stop)  # characters of each stop string that the text ends with
 
     def add(self, character: str) -> str:
         """Add a character and return the text that can be shown now."""
@@ -68,16 +92,32 @@ class StopStrings:
             return character
         if self.ended:
             return ""
-        self.held += character
-        for stop in self.stop:
-            if self.held.endswith(stop):
+        self._held.append(character)
+        for number, (stop, borders) in enumerate(zip(self.stop, self._borders, strict=True)):
+            matched = _extend(stop, borders, self._matched[number], character)
+            self._matched[number] = matched
+            if matched == len(stop):
                 self.ended = True
                 return self.flush()[: -len(stop)]
-        longest = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        shown, self.held = self.held[: len(self.held) - longest], self.held[len(self.held) - longest :]
-        return shown
+        return "".join(self._held.popleft() for _ in range(len(self._held) - max(self._matched)))
 
     def flush(self) -> str:
         """Return the text that was held back."""
-        held, self.held = self.held, ""
+        held = "".join(self._held)
+        self._held.clear()
         return held
+
+
+def _borders(text: str) -> list[int]:
+    """Return, for each number of characters of ``text``, the length of its longest proper prefix that is its suffix."""
+    borders = [0, 0]
+    for character in itertools.islice(text, 1, None):
+        borders.append(_extend(text, borders, borders[-1], character))
+    return borders
+
+
+def _extend(text: str, borders: list[int], matched: int, character: str) -> int:
+    """Return the length of the longest prefix of ``text`` that ends with ``character``, after ``matched`` did."""
+    while matched and text[matched] != character:
+        matched = borders[matched]
+    return matched + (text[matched] == character)

@@ -21,6 +21,7 @@ from minigpt.runtime.device import compute_dtype
 from minigpt.runtime.distributed import ProcessGroup, full_tensor, to_local
 from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
+from minigpt.training.memory import check_memory
 from minigpt.training.optimizer import Optimizers, learning_rate
 
 COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
@@ -65,6 +66,7 @@ class Trainer:
         check_context(len(corpus.train), params.model.block_size)
         self.train, self.block_size = params.train, params.model.block_size
         self.corpus, self.group, self.observer, self.checkpoints = corpus, group, observer, checkpoints
+        check_memory(params, corpus.tokenizer.vocab_size, group.device, group.world_size)
         torch.manual_seed(self.train.seed)
         if group.device.type == "cuda":
             torch.set_float32_matmul_precision("high")

@@ -116,6 +116,12 @@ def test_unknown_character_is_named_and_can_be_skipped(exported):
     [
         (["--temperature", "-1"], "--temperature: must be at least 0, got -1"),
         (["--temperature", "nan"], "--temperature: expected a finite number, got nan"),
+        (["--temperature", "1e-45"], "--temperature: must be 0, or at least 1e-06, got 1e-45"),
+        (["--repetition-penalty", "1e-300"], "--repetition-penalty: must be at least 0.001, got 1e-300"),
+        (["--max-new-tokens", "100000000000000"], "--max-new-tokens: must be at most 1000000000000, got 1000000000"),
+        (["--seed", str(2**63)], "--seed: must be less than 9223372036854775808, got 9223372036854775808"),
+        (["--seed", "9" * 5000], "--seed: expected an integer, got inf"),
+        (["--device", f"cuda:{'9' * 5000}"], "--device: expected 'auto', 'cpu', 'cuda' or 'cuda:0', got 'cuda:999"),
         (["--top-p", "0"], "--top-p: must be more than 0, got 0"),
         (["--top-k", "x"], "--top-k: expected an integer, got 'x'"),
         (["--top-k", "3.5"], "--top-k: expected an integer, got 3.5"),

@@ -2,8 +2,11 @@ import errno
 import signal
 
 import pytest
+import torch
 
 from minigpt.errors import Interrupted, PeerLostError, UserError, run
+
+LESS_MEMORY = "reduce the model, its context, the batch size or the number of samples"
 
 
 @pytest.fixture
@@ -35,6 +38,11 @@ def rank_1_of_2(monkeypatch):
         (Interrupted(signal.SIGTERM, "saved"), 143, "minigpt: saved\n"),
         (KeyboardInterrupt(), 130, "minigpt: interrupted\n"),
         (
+            MemoryError("Unable to allocate 9 TiB"),
+            1,
+            f"minigpt: not enough memory: Unable to allocate 9 TiB; {LESS_MEMORY}\n",
+        ),
+        (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             1,
             "minigpt: cannot write a/b: No space left on device\n",
@@ -43,6 +51,16 @@ def rank_1_of_2(monkeypatch):
 )
 def test_expected_error_is_reported_in_one_line(report, error, code, line):
     assert report(error) == (code, line)
+
+
+def test_failed_allocation_of_torch_is_reported_in_one_line(report):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 45)
+    code, message = report(error.value)
+    assert code == 1
+    assert message.startswith("minigpt: not enough memory: ")
+    assert message.endswith(f"; {LESS_MEMORY}\n")
+    assert message.count("\n") == 1
 
 
 def test_user_error_under_dvc_explains_how_to_restore_the_outputs(report, monkeypatch):

@@ -1,8 +1,14 @@
 import json
+import os
+import re
+import resource
+import shutil
+import time
 
 import pytest
 import torch
-from helpers.workspace import params_with
+from helpers.workspace import ROOT, params_with, python
+from safetensors.torch import load_file, save_file
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
@@ -73,3 +79,139 @@ def test_a_tensor_of_another_shape_is_named(exported):
 def test_a_missing_model_names_the_command_that_trains_one(tmp_path):
     with pytest.raises(UserError, match="dvc repro train"):
         load_model(tmp_path / "gpt")
+
+
+def edit(**changes):
+    """Return a function that changes config.json."""
+
+    def tamper(folder):
+        described = json.loads((folder / "config.json").read_text())
+        described |= {name: value for name, value in changes.items() if name in described}
+        described["model"] |= {name: value for name, value in changes.items() if name not in described}
+        (folder / "config.json").write_text(json.dumps(described))
+
+    return tamper
+
+
+def write(name, content):
+    """Return a function that replaces a file; None makes it a folder."""
+
+    def tamper(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+
+    return tamper
+
+
+def change(name, function):
+    """Return a function that changes one tensor; None removes it."""
+
+    def tamper(folder):
+        tensors = load_file(folder / "model.safetensors")
+        changed = function(tensors.pop(name))
+        save_file(tensors | ({} if changed is None else {name: changed}), folder / "model.safetensors")
+
+    return tamper
+
+
+def fifo(name):
+    def tamper(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return tamper
+
+
+def sparse(name):
+    """Return a function that makes a file of 1 TB, which takes no space on the disk."""
+    return lambda folder: os.truncate(folder / name, 10**12)
+
+
+def set_first(value):
+    def function(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return function
+
+
+def linked(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+
+
+DEEP = b"[" * 10**6
+HEAD = "embedding.weight"
+HUGE_HEADER = (2**62).to_bytes(8, "little") + b"{}"
+TAMPERED = [
+    (edit(n_layer=10**9), "config.json: model.n_layer: must be at most 1000, got 1000000000"),
+    (edit(n_layer=999), "model.safetensors: the shape of blocks.10.attention.out.weight is missing, but config.json"),
+    (edit(n_embd=10**30), "config.json: model.n_embd: must be at most 100000"),
+    (edit(n_embd=99_999), "model.safetensors: the shape of .* but config.json requires"),
+    (edit(n_embd=20.0), "config.json: model.n_embd: expected an integer, got 20.0"),
+    (edit(mlp_ratio=1e300), "config.json: model.mlp_ratio: must be at most 100, got 1e.300"),
+    (edit(mlp_ratio=float("inf")), "config.json: model.mlp_ratio: expected a finite number"),
+    (edit(block_size=10**9), "config.json: model.block_size: must be at most 100000"),
+    (edit(positions="learned", block_size=10**5), "model.safetensors: the shape of position.weight is missing"),
+    (edit(activation="swiglu"), "model.safetensors: the shape of blocks.0.feed_forward.up.weight"),
+    (edit(activation="rm"), "config.json: model.activation: expected 'relu'"),
+    (edit(vocab_size=10**12), "config.json: the model has 1000000000000 characters, but its tokenizer 3"),
+    (edit(vocab_size=3.0), "config.json: vocab_size: expected an integer"),
+    (edit(vocab_size="3"), "config.json: vocab_size: expected an integer"),
+    (write("config.json", b'{"vocab_size": 3, "model": null}'), "config.json: model: expected a section"),
+    (write("config.json", b'{"vocab_size": 3, "model": {}}'), "config.json: 19 mistakes"),
+    (write("config.json", DEEP), "config.json: not the description of a model"),
+    (write("config.json", b"[1]"), "config.json: not the description of a model"),
+    (write("config.json", b"1" * 5000), "config.json: not the description of a model"),
+    (write("config.json", b"\xff\xfe{}"), "config.json: not the description of a model"),
+    (write("config.json", None), "config.json: expected a file, but this is a folder"),
+    (write("tokenizer.json", DEEP), "tokenizer.json: not a vocabulary"),
+    (write("tokenizer.json", b'"abc"'), "tokenizer.json: not a vocabulary"),
+    (write("tokenizer.json", b'{"normalize": [], "characters": "abc"}'), "tokenizer.json: not a vocabulary"),
+    (write("tokenizer.json", b'{"normalize": "none", "characters": "ab\\ud800"}'), "tokenizer.json: not a vocabulary"),
+    (write("tokenizer.json", None), "tokenizer.json: expected a file, but this is a folder"),
+    (write("model.safetensors", None), "model.safetensors: expected a file, but this is a folder"),
+    (write("model.safetensors", b"\x80\x04K\x01."), "model.safetensors: damaged or incomplete"),
+    (write("model.safetensors", HUGE_HEADER), "model.safetensors: damaged or incomplete"),
+    (sparse("config.json"), "config.json: 1,000,000,000,000 bytes are too many"),
+    (sparse("tokenizer.json"), "tokenizer.json: 1,000,000,000,000 bytes are too many"),
+    (sparse("model.safetensors"), "model.safetensors: damaged or incomplete"),
+    (fifo("config.json"), "config.json: expected a file, but this is none"),
+    (fifo("tokenizer.json"), "tokenizer.json: expected a file, but this is none"),
+    (fifo("model.safetensors"), "model.safetensors: expected a file, but this is none"),
+    (linked, "config.json: expected a file, but this is none"),
+    (shutil.rmtree, "no such model"),
+    *((change(HEAD, lambda tensor, dtype=dtype: tensor.to(dtype)), rf"{HEAD} has the type \w+, but weights must be F32")
+      for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64)),
+    *((change(HEAD, set_first(value)), f"{HEAD} has values that are not finite")
+      for value in (float("nan"), float("inf"), float("-inf"))),
+    (change(HEAD, lambda tensor: tensor[:2].clone()), r"the shape of embedding.weight is \(2, 20\)"),
+    (change(HEAD, lambda tensor: tensor.flatten()), r"the shape of embedding.weight is \(60,\)"),
+    (change(HEAD, lambda tensor: None), "the shape of embedding.weight is missing"),
+]  # fmt: skip
+"""Changes of an exported model, and the message for each."""
+
+
+@pytest.mark.parametrize("tamper, message", TAMPERED)
+def test_tampered_model_is_one_line_quickly_and_without_large_memory(exported, tamper, message):
+    _, folder = exported
+    tamper(folder)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(UserError, match=message) as error:
+        load_model(folder)
+    assert time.perf_counter() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    text = str(error.value)
+    assert str(folder) in text
+    assert len(text) < 2000
+    assert "\n" not in text or "mistakes" in text
+
+
+@pytest.mark.parametrize("number", [0, 16, -4])
+def test_command_reports_a_tampered_model(exported, number):
+    _, folder = exported
+    TAMPERED[number][0](folder)
+    ran = python("-m", "minigpt", "write", "a", "--model", folder, cwd=ROOT)
+    (line,) = ran.stderr.splitlines()
+    assert re.match(f"minigpt: {re.escape(str(folder))}/.*{TAMPERED[number][1]}", line)
+    assert (ran.returncode, ran.stdout) == (1, "")

@@ -11,7 +11,7 @@ MODEL = {"model", "cache", "ops", "data", "runtime", *BASE}
 EVALUATION = {"evaluation", "tracking", "export", "quantize", *MODEL}
 MAY_IMPORT = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "choices": set(),
     "params": {"choices", "errors"},
     "profiles": {"params", "errors"},

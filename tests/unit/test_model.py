@@ -6,7 +6,7 @@ import torch
 from helpers.models import build, variants
 from helpers.workspace import ROOT, params_with
 
-from minigpt.model import GPT
+from minigpt.model import GPT, weight_shapes
 from minigpt.profiles import load_profile
 
 
@@ -160,3 +160,9 @@ def test_logits_equal_hugging_face_gpt2_with_the_same_weights():
     ids = torch.randint(V, (3, T))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("model", variants(), ids=str)
+def test_weight_shapes_are_those_of_the_model(model):
+    gpt = build(**model)
+    assert weight_shapes(gpt.config, 11) == {name: tuple(value.shape) for name, value in gpt.state_dict().items()}

@@ -59,6 +59,10 @@ def test_reference_is_the_published_system():
         ({"data": {"val_fraction": 1.0}}, "data.val_fraction: must be less than 1, got 1.0"),
         ({"sample": {"overflow": "hop"}}, "sample.overflow: hop was renamed reread"),
         ({"sample": {"overflow": "skip"}}, "sample.overflow: expected 'reread', 'slide' or 'roll', got 'skip'"),
+        ({"sample": {"temperature": 1e-45}}, "sample.temperature: must be 0, or at least 1e-06, got 1e-45"),
+        ({"sample": {"repetition_penalty": 1e-300}}, "sample.repetition_penalty: must be at least 0.001, got 1e-300"),
+        ({"sample": {"stop": ["a"] * 101}}, "sample.stop: must have at most 100 entries"),
+        ({"sample": {"stop": ["a" * 1001]}}, "sample.stop.0: must have at most 1000 characters"),
         ({"train": {"schedule": "step"}}, "train.schedule: expected 'constant', 'linear' or 'cosine', got 'step'"),
     ],
 )
@@ -67,6 +71,21 @@ def test_wrong_value_is_named(tmp_path, changes, message):
         load_changed(tmp_path, changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NUMBERS = [
+    (section, key)
+    for section, values in SHIPPED.items()
+    for key, value in values.items()
+    if type(value) in (int, float)
+]
+
+
+@pytest.mark.parametrize("section, key", NUMBERS, ids=lambda name: name)
+def test_every_number_has_limits(tmp_path, section, key):
+    for huge in (10**30, 1e300) if type(SHIPPED[section][key]) is float else (10**30,):
+        with pytest.raises(UserError, match=rf"{section}\.{key}: must be (at most|less than) .*, got 1"):
+            load_changed(tmp_path, {section: {key: huge}})
 
 
 def test_all_mistakes_are_reported_together(tmp_path):

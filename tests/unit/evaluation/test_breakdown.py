@@ -1,3 +1,4 @@
+import copy
 import csv
 
 import numpy as np
@@ -7,6 +8,7 @@ from helpers.workspace import params_with
 
 from minigpt.data.dataset import EvalBatch, Split
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.errors import UserError
 from minigpt.evaluation import breakdown
 from minigpt.evaluation.breakdown import BINS, Breakdown, label
 from minigpt.evaluation.loss import score
@@ -121,6 +123,13 @@ def test_calibration_error_is_zero_for_true_probabilities_only():
     assert calibrated.calibration_error < 0.005
     assert overconfident.calibration_error > 0.05
     assert calibrated.accuracy == overconfident.accuracy
+
+
+def test_loss_that_is_not_finite_is_an_error(model, tokens):
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.head.weight, torch.finfo(torch.float64).max)
+    with pytest.raises(UserError, match="the loss of a character is not finite"):
+        broken_down(broken, tokens)
 
 
 def test_vocabulary_of_thousands_needs_no_square_matrix():

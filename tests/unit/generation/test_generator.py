@@ -1,12 +1,14 @@
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import build
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
+from minigpt.generation import sampling
 from minigpt.generation.generator import Generator
 from minigpt.generation.sampling import draw_uniforms, penalize, sample
 from minigpt.model import GPT
@@ -34,7 +36,8 @@ class PlainGenerator:
             longer = config.model_copy(update={"block_size": len(ids) + length, "attention_window": window})
             model, seen = GPT(longer, len(CHARACTERS)).double().eval(), len(ids)
             model.load_state_dict(self.model.state_dict())
-        for uniform in draw_uniforms(sampling.seed, number + 1, length)[number]:
+        uniforms = np.concatenate(list(draw_uniforms(sampling.seed, number + 1, length)), 1)[number]
+        for uniform in uniforms:
             if seen > context and sampling.overflow != "roll":
                 seen = context if sampling.overflow == "slide" else context // 2
             logits = model(torch.tensor([ids[-seen:]]))[:, -1]
@@ -122,3 +125,30 @@ def test_each_sample_ends_at_its_own_stop_string():
     for text, full in zip(cut, whole, strict=True):
         assert text == "ab" + full[2:].partition(stop)[0]
     assert len(cut[1]) <= 20
+
+
+@MODES
+@pytest.mark.parametrize("model, overflow", CASES)
+def test_text_does_not_depend_on_the_memory_reserved_in_advance(model, overflow, mode, monkeypatch):
+    generator, _ = generators(mode, **model)
+    for prompt, penalty in itertools.product(("a", "abcdefghij" * 5), (1.0, 1.5)):
+        how = params(overflow=overflow, repetition_penalty=penalty, stop=["ab"])
+        monkeypatch.undo()
+        whole = generator.generate(prompt, how, samples=2)
+        for chunk in (1, 7, 16):
+            monkeypatch.setattr(sampling, "CHUNK", chunk)
+            assert generator.generate(prompt, how, samples=2) == whole
+
+
+def test_longest_text_starts_immediately_and_takes_little_memory():
+    generator, _ = generators()
+    pieces = generator.stream("ab" * 100, params(max_new_tokens=10**12, overflow="roll"))
+    written = "".join(piece for (piece,) in itertools.islice(pieces, 100))
+    assert 0 < len(written) < 100  # the parts of the prompt come first, without text
+
+
+def test_weights_that_overflow_are_an_error():
+    gpt = build()
+    torch.nn.init.constant_(gpt.head.weight, torch.finfo(torch.float32).max)
+    with pytest.raises(UserError, match="logits that are not finite"):
+        Generator(gpt.eval(), Tokenizer(CHARACTERS)).generate("ab", params())

@@ -75,6 +75,16 @@ def test_a_packaged_model_works_without_the_repository(packaged, tmp_path):
         ("a", {"max_new_tokens": 10**6}, "max_new_tokens: must be at most 100000"),
         ("a", {"min_p": 2.0}, "min_p: must be at most 1"),
         ("a", {"stop": [""]}, "stop.0: must not be empty"),
+        ("a", {"temprature": 1.0}, r"^temprature: unknown key; did you mean temperature\?$"),
+        ("a", {"a]'b": 1.0}, "^a]'b: unknown key$"),
+        (
+            "a",
+            {"temperature": "hot"},
+            r"^Invalid parameters found: \{\('temperature', [^()]*\(default: 0.8\)[^()]*\)\}$",
+        ),
+        ("a", {"temperature": 1e-45}, "temperature: must be 0, or at least"),
+        ("a" * 100_000, {}, "a request can have 100,000 characters, but 1 prompts and max_new_tokens 500 are 100,500"),
+        ("", {}, "the prompt: empty"),
     ],
 )
 def test_bad_requests_are_client_errors(packaged, prompt, params, message):
@@ -110,6 +120,8 @@ def test_a_served_model_answers_and_names_mistakes(packaged, tmp_path):
             ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_p": 1.5}}, "top_p: must be at most 1"),
             ({"dataframe_records": [{"prompt": "ab"}], "params": {"top_k": -1}}, "top_k: must be at least 0"),
             ({"dataframe_records": [{"prompt": "ab"}], "params": {"temperature": "hot"}}, "temperature"),
+            ({"dataframe_records": [{"prompt": "ab"}], "params": {"temprature": 1}}, "did you mean temperature?"),
+            ({"dataframe_records": [{"prompt": "ab"}] * 2000}, "a request can have 100,000 characters"),
         ]:
             status, text = ask(body)
             assert 400 <= status < 500, (body, text)
