@@ -20,7 +20,7 @@ def runs(folder):
 def test_signal_after_the_last_step_keeps_the_training_and_its_run(tmp_path, project_files, name):
     folder = prepare(tmp_path / "work", project_files)
     process = start_training(folder)
-    assert wait_for(lambda: (folder / "models/gpt").exists(), process), process.communicate()[0]
+    assert wait_for((folder / "models/gpt").exists, process), process.communicate()[0]
     process.send_signal(getattr(signal, name))
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + getattr(signal, name), printed
