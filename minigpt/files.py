@@ -92,7 +92,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raise OSError or ValueError if it is no regular file or no valid JSON."""
+    """Read a regular file with JSON. Raise OSError or ValueError for any other file."""
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise ValueError(f"{path.name} is not a regular file")
     try:

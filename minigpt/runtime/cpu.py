@@ -76,7 +76,7 @@ def runtime_folder() -> Path:
     if not hasattr(os, "getuid"):  # on Windows, the folder for temporary files is the user's own
         return Path(tempfile.gettempdir())
     user = os.getuid()
-    # The folder of the login session, also for a process outside of it, so that all of them have the same locks.
+    # Processes outside the login session use its folder too, so that all share the same locks.
     session = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     parent = session if _is_private(session, user) else Path(tempfile.gettempdir())
     folder = parent / f"minigpt-{user}"

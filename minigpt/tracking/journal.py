@@ -40,7 +40,7 @@ class Journal:
     def since(self, start: int) -> list[tuple[dict[str, Any], int]]:
         """Return the records from byte ``start`` onwards, each with the offset at which it ends.
 
-        Lines that are no records, for example because a crash truncated them, are skipped.
+        Damaged lines are skipped, for example those that a crash truncated.
         """
         found: list[tuple[dict[str, Any], int]] = []
         if not self._path.exists():

@@ -99,6 +99,6 @@ class MaskedStream:
 
 
 def mask_stderr() -> None:
-    """Mask the secrets in messages, warnings and tracebacks of all libraries from now on."""
+    """Mask the secrets that any library writes to stderr, in messages, warnings and tracebacks."""
     if not isinstance(sys.stderr, MaskedStream):
         sys.stderr = cast(TextIO, MaskedStream(sys.stderr))

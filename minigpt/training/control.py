@@ -170,7 +170,7 @@ def interruptible() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM from now on, in the moment between the end of all work and that of the process."""
+    """Ignore SIGINT and SIGTERM until the process ends, because all of its work is done."""
     for signum in HANDLED:
         signal.signal(signum, signal.SIG_IGN)
 

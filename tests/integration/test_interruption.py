@@ -1,4 +1,4 @@
-"""Trainings that stop before their first checkpoint or after their last step: the next start says what it keeps."""
+"""Tests of trainings that stop before their first checkpoint or after their last step."""
 
 import os
 import signal

@@ -32,14 +32,14 @@ NO_RECORDS = [
     f'{{"kind": "dataset", {TIME}, "name": "a", "source": "b", "digest": "c", "profile": [1]}}',
     "[" * 50_000, "\ufeff{}",
 ]  # fmt: skip
-"""Lines of a journal that are no records."""
+"""Damaged lines of a journal: other JSON, wrong fields, paths outside the folder."""
 NO_PROGRESS = [
     '{"next": -5, "in_flight": 0}', '{"next": -5}', '{"next": 120}', '{"next": 1e400, "in_flight": 3}',
     '{"next": true}',
     '{"next": "12", "in_flight": 12}', '{"next": 10, "in_flight": -1}', '{"next": 7, "in_flight": 900}',
     f'{{"next": {10**30}, "in_flight": 0}}', '{"nex', "[]", "17", "null", "", "[" * 50_000, None,
 ]  # fmt: skip
-"""Contents of a progress file that are no progress: wrong types, and offsets at which no record ends."""
+"""Damaged progress files: wrong types, and offsets inside a record or outside the journal."""
 
 
 @pytest.mark.parametrize("line", NO_RECORDS, ids=lambda line: line[:60])
@@ -57,7 +57,7 @@ def test_line_that_is_no_record_is_skipped_wherever_it_is(line):
 
 
 def test_runs_with_spoiled_journals_are_sent_and_extended(here, capsys):
-    """One store receives all runs, although each journal has another line that is no record."""
+    """One store receives all runs, although each journal has another damaged line."""
     keys = [f"{number:032x}" for number in range(1, len(NO_RECORDS) + 1)]
     for key, line in zip(keys, NO_RECORDS, strict=True):
         journal = write_run(key, steps=2)

@@ -26,7 +26,7 @@ CONTENTS = [
     b'{"run": 3}',
     b'{"run": "../../x"}',
 ]
-"""Contents of a JSON file that are no JSON or have another structure."""
+"""Damaged JSON files, and JSON of another structure."""
 WRONG_STATES = [
     {"step": "7"}, {"step": 7.5}, {"step": 8}, {"best_loss": None}, {"history": {}}, {"history": []}, {"history": [1]},
     {"history": [{"step": 0}]}, {"best_step": 5}, {"resumed_at": "1"}, {"extra": 1},
