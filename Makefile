@@ -87,7 +87,7 @@ sync: $(VENV)/installed  ## upload runs that are not in MLflow yet
 	@minigpt sync
 
 dagshub: $(VENV)/installed  ## connect DVC and MLflow to DagsHub: make dagshub REPO=user/repo
-	@minigpt dagshub "$$REPO"
+	@minigpt dagshub -- "$$REPO"
 
 clean:  ## remove the outputs of the stages; the DVC cache, runs and .venv stay
 	rm -rf data/prepared models results

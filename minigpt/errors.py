@@ -21,7 +21,8 @@ from typing import NoReturn
 PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure, while torchrun ends it
 USER_ERROR_DELAY = 10.0  # seconds in which rank 0 reports the same mistake of the user first, and ends its MLflow run
 WRITE_ERRORS = (  # a full or read-only disk, a mount point, or a file in the place of a folder
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EBUSY, errno.ENOTDIR, errno.EEXIST,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EBUSY,
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
 )  # fmt: skip
 
 
@@ -29,10 +30,11 @@ class UserError(Exception):
     """Error that the user can fix. The message names the file, key or character, and the fix."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """End of work that the signal ``signum`` stopped after its state was saved; SIGHUP if the parent has died.
+class Interrupted(BaseException):
+    """End of work that the signal ``signum`` stopped; SIGHUP if the parent has died.
 
-    The process exits with 128 + signum, so that DVC does not record the stage as complete.
+    The process exits with 128 + signum, so that DVC does not record the stage as complete. No ``except Exception``
+    catches it, because a signal may come anywhere.
     """
 
     def __init__(self, signum: int, message: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-from minigpt.files import atomic_directory, read_json, require_file, write_json
+from minigpt.files import atomic_directory, require_json, require_file, write_json
 from minigpt.model import GPT, weight_shapes
 from minigpt.params import Count, ModelParams, Section, validate
 
@@ -80,7 +80,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, T
 
 
 def _read_config(path: Path, vocab_size: int) -> ModelParams:
-    described = read_json(path, "the description of a model")
+    described = require_json(path, "the description of a model")
     if not isinstance(described, dict):
         raise UserError(f"{path}: not the description of a model: expected the keys vocab_size and model")
     description = validate(ModelDescription, described, f"{path}: ")

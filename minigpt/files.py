@@ -1,10 +1,11 @@
-"""JSON files that may be damaged, and atomic writes: a directory appears complete or not at all, also after a crash."""
+"""JSON files that may be damaged, and atomic writes: a file or directory appears complete or not at all."""
 
 import csv
 import errno
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,14 @@ def check_replaceable(*targets: Path) -> None:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with its contents, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield an empty temporary directory, and rename it to ``target`` when the block succeeds.
@@ -58,7 +67,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     check_replaceable(target)
     folder, old = target.with_name(f".{target.name}-new.tmp"), target.with_name(f".{target.name}-old.tmp")
     for remains in target.parent.glob(f".{glob.escape(target.name)}-*.tmp"):
-        _remove(remains)
+        remove(remains)
     folder.mkdir()
     try:
         yield folder
@@ -68,20 +77,47 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         folder.rename(target)
-        if old.exists():
-            _remove(old)
+        remove(old)
         fsync(target.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder, or a file that is in its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that a crash leaves as it was or complete. It replaces a directory of the same name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    fsync(temporary)
+    if path.is_dir():
+        remove(path)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Read a regular file with JSON. Raise OSError or ValueError for any other file."""
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise ValueError(f"{path.name} is not a regular file")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+
+
+def read_run_key(path: Path) -> str:
+    """Return the key of the MLflow run that a file run.json names. Raise OSError or ValueError if it names none."""
+    content = read_json(path)
+    key = content.get("run") if isinstance(content, dict) else None
+    if not is_run_key(key):
+        raise ValueError(f'expected {{"run": 32 hexadecimal digits}}, got {content!r:.50}')
+    return str(key)
+
+
+def is_run_key(value: object) -> bool:
+    """Return whether a value is the key of a run. Only a key may become a part of a path."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
 def require_file(path: Path, largest: int | None = None) -> None:
@@ -98,12 +134,12 @@ def require_file(path: Path, largest: int | None = None) -> None:
         raise UserError(f"{path}: {size:,} bytes are too many; expected at most {largest:,}")
 
 
-def read_json(path: Path, what: str) -> Any:
+def require_json(path: Path, what: str) -> Any:
     """Return the content of a JSON file. The UserError for any other file says that it is not ``what``."""
     require_file(path, LARGEST_JSON)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not {what}: {' '.join(str(error).split())}") from None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minigpt import params
 from minigpt.errors import UserError
-from minigpt.files import read_json
+from minigpt.files import require_json
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
@@ -30,7 +30,7 @@ def summarize(model: Path, results: Path) -> str:
 def _summary(model: Path, results: Path) -> str:
     source = params.load().data.source
     train, evaluation, sample = (
-        read_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
+        require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
     )
     val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
     best, ngram = min((loss, name) for name, loss in evaluation["baselines"].items() if name != "characters")

@@ -39,6 +39,7 @@ def main() -> None:
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
+    from minigpt.training.control import ignore_signals, interruptible
     from minigpt.training.trainer import Trainer
 
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
@@ -48,27 +49,37 @@ def main() -> None:
             check_decoder(group.device)
         checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
         with checkpoints.locked() if group.is_main else nullcontext():
-            tracker = Tracker(checkpoints.run_key()) if group.is_main else None
-            trainer = Trainer(settings, corpus, group, tracker, checkpoints)
-            if tracker is None:
-                trainer.run()
-                return
-            tracker.begin(settings, corpus.digest, {"train": len(corpus.train), "val": len(corpus.val)}, group.device)
-            print(f"minigpt: {trainer.describe()}; run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}")
-            try:
-                result = trainer.run()
-            except BaseException as error:
-                status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
-                tracker.end(status, trainer.state.resumed_at)
-                raise
-            export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
-            with atomic_directory(RESULTS / "train") as folder:
-                write_csv(folder / "history.csv", result.history)
-                write_json(folder / "metrics.json", result.metrics)
-                write_json(folder / "run.json", {"run": tracker.journal.key})
-            record(result, tracker, settings.data.source)
-            tracker.end("FINISHED", trainer.state.resumed_at)
+            with interruptible():
+                tracker = Tracker(checkpoints.run_key()) if group.is_main else None
+                trainer = Trainer(settings, corpus, group, tracker, checkpoints)
+                if tracker is None:
+                    trainer.run()
+                    return
+                try:
+                    sizes = {"train": len(corpus.train), "val": len(corpus.val)}
+                    tracker.begin(settings, corpus.digest, sizes, group.device)
+                    run = f"run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}"
+                    print(f"minigpt: {trainer.describe()}; {run}")
+                    result = trainer.run()
+                    export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
+                    write_results(result, tracker.journal.key)
+                    record(result, tracker, settings.data.source)
+                    tracker.end("FINISHED", trainer.state.resumed_at)
+                except BaseException as error:
+                    status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
+                    tracker.end(status, trainer.state.resumed_at)
+                    raise
+            # Without its checkpoints, an interrupted stage would begin again at step 0.
+            ignore_signals()
             checkpoints.remove()
+
+
+def write_results(result: TrainResult, run_key: str) -> None:
+    """Write history and metrics, and the key of the run for the later stages."""
+    with atomic_directory(RESULTS / "train") as folder:
+        write_csv(folder / "history.csv", result.history)
+        write_json(folder / "metrics.json", result.metrics)
+        write_json(folder / "run.json", {"run": run_key})
 
 
 def check_decoder(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from minigpt.data.unicode import code_points, nfc
 from minigpt.errors import UserError
-from minigpt.files import read_json, write_json
+from minigpt.files import require_json, write_json
 
 CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
@@ -84,7 +84,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Read a vocabulary written by :meth:`save`. Raise a UserError if the file is missing or not a vocabulary."""
-        content = read_json(path, "a vocabulary")
+        content = require_json(path, "a vocabulary")
         try:
             characters, normalize = content["characters"], content["normalize"]
             if not isinstance(characters, str) or not characters or len(set(characters)) != len(characters):

@@ -7,6 +7,7 @@ share the cores: the ranks of a job, and the workers of a DVC queue. MINIGPT_CPU
 import ctypes
 import os
 import platform
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -56,13 +57,41 @@ def hold_locks(names: Iterable[str]) -> bool:
     All processes of this user share the locks, and the system frees those of a killed process. Locks only make programs
     faster, so any failure to take one counts as a lock that another process holds.
     """
-    user = os.getuid() if hasattr(os, "getuid") else ""
-    with ExitStack() as locks, suppress(OSError):  # includes filelock.Timeout
+    # OSError includes filelock.Timeout. File systems without locks raise NotImplementedError.
+    with ExitStack() as locks, suppress(OSError, NotImplementedError):
+        folder = runtime_folder()
         for name in names:
-            lock = FileLock(Path(tempfile.gettempdir()) / f"minigpt-{name}-{user}.lock", mode=0o600)
+            lock = FileLock(folder / f"{name}.lock", mode=0o600)
             locks.enter_context(lock.acquire(blocking=False))
         _held_locks.append(locks.pop_all())
         return True
+    return False
+
+
+def runtime_folder() -> Path:
+    """Return a folder for locks that only this user can change. Raise OSError if another user has made it.
+
+    In a shared folder, another user could make files and links with the names of the locks.
+    """
+    if not hasattr(os, "getuid"):  # on Windows, the folder for temporary files is the user's own
+        return Path(tempfile.gettempdir())
+    user = os.getuid()
+    # Processes outside the login session use its folder too, so that all share the same locks.
+    session = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
+    parent = session if _is_private(session, user) else Path(tempfile.gettempdir())
+    folder = parent / f"minigpt-{user}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not _is_private(folder, user):
+        raise PermissionError(f"{folder} is not a folder that only its user can change")
+    return folder
+
+
+def _is_private(folder: Path, user: int) -> bool:
+    """Return whether a path is a folder of this user, not a link, that no other user can read or change."""
+    with suppress(OSError):
+        status = folder.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077
     return False
 
 

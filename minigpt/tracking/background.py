@@ -36,11 +36,12 @@ class BackgroundUploader:
         if self._uploader.store.local or not self._uploader.missing(self._journal):
             return
         if self._thread is None:
-            try:
-                self._uploader.store.connect()
-            except Exception as error:
-                self.error = error
-                return
+            if self._uploader.store.uri.startswith("http"):  # a database may not answer for minutes
+                try:
+                    self._uploader.store.connect()
+                except Exception as error:
+                    self.error = error
+                    return
             self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
             self._thread.start()
         with self._changed:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from minigpt.errors import UserError
 from minigpt.tracking.journal import EXPERIMENT
+from minigpt.tracking.masking import mask_stderr
 from minigpt.tracking.store import Store, dagshub_page, describe_error
 from minigpt.tracking.uploader import TIMEOUT
 
@@ -51,9 +52,8 @@ def read_token() -> str:
 
 def connect(repo: str, token: str) -> None:
     """Test the storage and MLflow of ``user/repo`` on DagsHub, set the remotes of DVC and git, and print a summary."""
-    from dvc.config import Config
-
     page = dagshub_page(repo)
+    mask_stderr()
     if not Path(".dvc").is_dir():
         raise UserError(".dvc: no such folder; run this from the root of the repository")
     if subprocess.run(["git", "check-ignore", "--quiet", ".dvc/config.local"], check=False).returncode:
@@ -65,6 +65,20 @@ def connect(repo: str, token: str) -> None:
     except Exception as error:
         raise UserError(f"{page}.mlflow: cannot open the experiment: {describe_error(error)}") from None
 
+    write_config(public, private)
+    git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout
+    if REMOTE not in git_remotes.split():
+        subprocess.run(["git", "remote", "add", REMOTE, f"{page}.git"], check=True)
+    print(SUMMARY.format(page=page, repo=repo, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
+
+
+def write_config(public: dict[str, str], private: dict[str, str]) -> None:
+    """Make a remote with these settings DVC's default. Only the user can read the file with the private ones."""
+    from dvc.config import Config
+
+    local = Path(".dvc/config.local")
+    os.close(os.open(local, os.O_WRONLY | os.O_CREAT, 0o600))
+    local.chmod(0o600)  # before DVC writes the token: DVC keeps the permissions of an existing file
     config = Config(Path(".dvc").resolve())
     # The local half has all settings, because commits from before this one lack the shared half. The shared half is
     # not validated, because the local half may still have the settings of another form.
@@ -72,11 +86,6 @@ def connect(repo: str, token: str) -> None:
         with config.edit(level, validate=level == "local") as edited:
             edited["remote"][REMOTE] = settings
             edited["core"]["remote"] = REMOTE
-    os.chmod(".dvc/config.local", 0o600)
-    git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout
-    if REMOTE not in git_remotes.split():
-        subprocess.run(["git", "remote", "add", REMOTE, f"{page}.git"], check=True)
-    print(SUMMARY.format(page=page, repo=repo, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
 
 
 def choose_remote(page: str, token: str) -> tuple[dict[str, str], dict[str, str]]:

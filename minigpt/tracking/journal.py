@@ -12,7 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from minigpt.files import fsync, workspace
+from minigpt.errors import UserError
+from minigpt.files import fsync, is_run_key, remove, workspace
+from minigpt.tracking.records import parse
 
 EXPERIMENT = "minigpt"  # default name of the MLflow experiment, overridden by MLFLOW_EXPERIMENT_NAME
 PARAM_LENGTH, TAG_LENGTH = 500, 5000  # characters of params and tags that old MLflow servers accept
@@ -22,6 +24,8 @@ class Journal:
     """Append-only log of the run ``key``: JSON lines in ``.journal/<key>/journal.jsonl`` of the main workspace."""
 
     def __init__(self, key: str) -> None:
+        if not is_run_key(key):
+            raise UserError(f"a run has a key of 32 hexadecimal digits, not {key!r:.50}")
         self.key = key
         self.folder = workspace() / ".journal" / key
         self._path = self.folder / "journal.jsonl"
@@ -36,7 +40,7 @@ class Journal:
     def since(self, start: int) -> list[tuple[dict[str, Any], int]]:
         """Return the records from byte ``start`` onwards, each with the offset at which it ends.
 
-        Lines that a crash truncated or damaged are skipped.
+        Damaged lines are skipped, for example those that a crash truncated.
         """
         found: list[tuple[dict[str, Any], int]] = []
         if not self._path.exists():
@@ -47,8 +51,16 @@ class Journal:
         for line in lines:
             start += len(line) + 1
             with suppress(ValueError):
-                found.append((json.loads(line), start))
+                found.append((parse(line), start))
         return found
+
+    def is_boundary(self, offset: int) -> bool:
+        """Return whether the journal has a line that ends at byte ``offset``, or ``offset`` is 0."""
+        if not 0 < offset <= self.size:
+            return offset == 0
+        with self._path.open("rb") as file:
+            file.seek(offset - 1)
+            return file.read(1) == b"\n"
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
         """Return the records in the order of writing: all, or those of one kind."""
@@ -127,7 +139,13 @@ class Journal:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-def locked(path: Path) -> AbstractContextManager[object]:
-    """Return a context in which no other thread or process has ``path``. A killed process loses its lock."""
+def locked(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
+    """Return a context in which no other thread or process has ``path``. A killed process loses its lock.
+
+    Raise TimeoutError if another process still has it after ``timeout`` seconds, unless that is negative.
+    """
+    lock = Path(f"{path}.lock")
+    if lock.is_dir():  # no version of this project has made it
+        remove(lock)
     # Writing a record takes less than a millisecond, so filelock's 50 ms between two attempts would dominate.
-    return FileLock(f"{path}.lock").acquire(poll_interval=0.01)
+    return FileLock(lock).acquire(timeout, poll_interval=0.01)

@@ -1,6 +1,5 @@
 """A run as the stages see it: they record to a journal, and a background upload sends it to the store."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from minigpt.errors import UserError
+from minigpt.files import read_run_key
 from minigpt.params import Params, flatten
 from minigpt.tracking.background import BackgroundUploader
 from minigpt.tracking.journal import Journal
@@ -76,7 +76,7 @@ class Tracker:
         self._record_workspace_files()
         journal.status("FINISHED")
         named = journal.records("name")[0]
-        origin = " (trained elsewhere)" if named["restored"] else ""
+        origin = " (trained elsewhere)" if named.get("restored") else ""
         print(f"minigpt: {name} added to run {journal.key[:8]} '{named['name']}'{origin} in {self.display_uri}")
         self.finish()
 
@@ -127,8 +127,8 @@ class Tracker:
 def tracker_of_model(record: Path) -> Tracker:
     """Return the tracker of the run that trained this workspace's model. ``record`` is the file that names the run."""
     try:
-        key = json.loads(record.read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        key = read_run_key(record)
+    except (OSError, ValueError) as error:
         raise UserError(f"{record}: does not name a run ({error}); create it with `dvc repro train`") from None
     tracker = Tracker(key)
     tracker.upload()

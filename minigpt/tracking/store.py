@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
@@ -19,11 +20,13 @@ from urllib.parse import quote, unquote, urlsplit
 from minigpt.errors import UserError
 from minigpt.files import workspace
 from minigpt.tracking.journal import EXPERIMENT, Journal, locked
+from minigpt.tracking.masking import mask, mask_stderr
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+DATABASE_WAIT = 2.0  # seconds that a stage waits for a database that another program has locked
 RUN_TAG = "minigpt.run"  # MLflow tag that holds the key of a run, by which it is looked up
 NETWORK_ERRORS = {  # parts of the HTTP library's messages, and the message that is shown instead
     "Connection refused": "connection refused",
@@ -38,14 +41,33 @@ class Store:
 
     def __init__(self, uri: str, timeout: int) -> None:
         self.uri, self.timeout = uri, timeout
-        self.display_uri = re.sub("://[^/]*@", "://", uri)  # without credentials, safe to print
         self.local = uri.startswith(("sqlite:", "sqlite+", "file:")) or ":" not in uri
+        # Without credentials, safe to print. A password may contain the characters that end a user name or host.
+        self.display_uri = uri if self.local else mask(re.sub("://.*@", "://", uri))
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
 
+    def check(self) -> None:
+        """Raise UserError if the store is a database file that cannot be written. MLflow would retry for minutes."""
+        if (path := database_path(self.uri)) is None:
+            return
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a database but a folder or device; move it out of the way")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(path, timeout=DATABASE_WAIT)) as database:
+                database.execute("BEGIN IMMEDIATE")  # takes the lock of a writer, and writes nothing
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{path}: cannot write this database: {error}") from None
+
     def connect(self) -> MlflowClient:
-        """Return the MLflow client. The first call imports MLflow, which takes seconds, but sends no request."""
+        """Return the MLflow client. The first call imports MLflow, which takes seconds.
+
+        It sends requests to a database, but none to a server.
+        """
         if self._client is None:
+            self.check()
+            mask_stderr()
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self.timeout))
             # If only the response to create_run is lost, a retry inside MLflow creates a second run.
             os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -54,12 +76,27 @@ class Store:
                 logging.getLogger(verbose).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
+            if not self.uri.startswith("http"):
+                from mlflow.store.db import utils
+
+                utils.MAX_RETRY_COUNT = 1  # the default, 10, tries a database for 100 seconds or more
             # The first client of a database creates its tables, and two clients must not do that concurrently.
-            with locked(workspace() / ".journal" / "store") if self.local else nullcontext():
-                self._client = MlflowClient(self.uri)
+            lock = locked(workspace() / ".journal" / "store", self.timeout / 2) if self.local else nullcontext()
+            with lock:
+                client = MlflowClient(self.uri)
                 if self.local:
-                    self._client.get_experiment_by_name(EXPERIMENT)
+                    client.get_experiment_by_name(EXPERIMENT)
+            self._client = client
         return self._client
+
+    def responds(self) -> bool:
+        """Return whether the store answers a request."""
+        try:
+            self.check()
+            self.connect().get_experiment_by_name(EXPERIMENT)
+        except Exception:
+            return False
+        return True
 
     def experiment_id(self, name: str) -> str:
         """Return the id of an experiment. Create it if it does not exist; if it was deleted, raise UserError."""
@@ -100,7 +137,9 @@ class Store:
         return str(created.info.run_id)
 
     def _experiment_of(self, journal: Journal) -> str:
-        return self.experiment_id(next((record["experiment"] for record in journal.records("name")), EXPERIMENT))
+        return self.experiment_id(
+            next((record.get("experiment", EXPERIMENT) for record in journal.records("name")), EXPERIMENT)
+        )
 
     def log(self, run_id: str, journal: Journal, records: list[dict[str, Any]], in_flight: bool = False) -> None:
         """Send records of metrics, or one record of another kind, to a run.
@@ -128,6 +167,9 @@ class Store:
             case "artifact":
                 folder = PurePosixPath(record["path"]).parent.as_posix()
                 copy = journal.folder / "artifacts" / record["path"]
+                if not copy.is_file():
+                    print(f"minigpt: {copy}: no such file; run {journal.key[:8]} is sent without it", file=sys.stderr)
+                    return
                 client.log_artifact(run_id, str(copy), None if folder == "." else folder)
             case "status" if record["status"] == "RUNNING":
                 client.update_run(run_id, "RUNNING")
@@ -165,20 +207,29 @@ class Store:
 def resolve_tracking_uri() -> str:
     """Return the tracking URI. Credentials move to the environment variables that MLflow reads."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        try:
-            parts = urlsplit(uri)
-        except ValueError as error:
-            raise UserError(f"MLFLOW_TRACKING_URI: not a URI: {error}") from None
-        if parts.scheme.startswith("http") and "@" in parts.netloc:
-            os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
-            os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
-            uri = os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        return _absolute(uri)
+        return _move_credentials(uri) if uri.startswith("http") else _absolute(uri)
     repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
     if repo and token:
         os.environ |= {"MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
         return f"{dagshub_page(repo)}.mlflow"
     return local_store_uri()
+
+
+def _move_credentials(uri: str) -> str:
+    """Move user and password of a server's address to the environment, and return the address without them."""
+    try:
+        parts = urlsplit(uri)
+        valid = bool(parts.hostname) and (parts.port or 1) and "@" not in parts.path + parts.query + parts.fragment
+    except ValueError:  # its text may contain a part of the password
+        valid = False
+    if not valid:
+        hint = "write special characters of a user or password as in %2F for / and %40 for @"
+        raise UserError(f"MLFLOW_TRACKING_URI: {mask(uri)} is not the address of a server; {hint}")
+    if "@" in parts.netloc:
+        os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username or ""))
+        os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+        uri = os.environ["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return uri
 
 
 def local_store_uri() -> str:
@@ -199,11 +250,25 @@ def sqlite_uri(path: Path) -> str:
     return f"sqlite+pysqlite:///file:{quote(str(path))}?uri=true"
 
 
+def database_path(uri: str) -> Path | None:
+    """Return the file of an SQLite database; None for another store, or for a database in memory."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database or ""
+    path = unquote(database.removeprefix("file:")) if database.startswith("file:") else database
+    return Path(path) if path not in ("", ":memory:") else None
+
+
 def dagshub_page(repo: str) -> str:
     """Return the address of ``user/repo`` on DagsHub. DAGSHUB_CLIENT_HOST is a variable of DagsHub's own client."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"DAGSHUB_REPO: expected user/repo, got {repo!r}")
-    return f"{os.environ.get('DAGSHUB_CLIENT_HOST', 'https://dagshub.com').rstrip('/')}/{repo}"
+    if not re.fullmatch(r"(?a:\w[\w.-]*/[\w.-]*\w[\w.-]*)", repo):
+        raise UserError(f"DAGSHUB_REPO: expected user/repo, got {mask(repr(repo))}")
+    host = os.environ.get("DAGSHUB_CLIENT_HOST", "https://dagshub.com").rstrip("/")
+    if not re.fullmatch(r"https?://[^\s@]+", host):  # the address is stored in files that git tracks
+        raise UserError(f"DAGSHUB_CLIENT_HOST: expected https://host without user and password, got {mask(host)}")
+    return f"{host}/{repo}"
 
 
 def describe_error(error: Exception) -> str:
@@ -215,11 +280,7 @@ def describe_error(error: Exception) -> str:
     for part, message in NETWORK_ERRORS.items():
         if part in text:
             return message
-    line = text.splitlines()[0]
-    for name in ("DAGSHUB_USER_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        if value := os.environ.get(name):
-            line = line.replace(value, f"${name}")
-    return line[:300]
+    return mask(text.splitlines()[0])[:300]
 
 
 def _absolute(uri: str) -> str:

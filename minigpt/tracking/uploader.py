@@ -13,8 +13,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
 from minigpt.errors import UserError
-from minigpt.files import workspace
+from minigpt.files import is_run_key, remove, workspace
 from minigpt.tracking.journal import Journal, locked
 from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
 
@@ -37,7 +39,7 @@ class Uploader:
         self.sent = 0  # records, over all journals
         self.last_success = -math.inf  # time of the last accepted request, by time.monotonic
         self._run_ids: dict[str, str] = {}
-        self._digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
+        self._digest = hashlib.sha256(self.display_uri.encode()).hexdigest()[:8]
         # A stage touches this file after it has waited for the store without success.
         self.unreachable_marker = workspace() / ".journal" / f"away-{self._digest}"
 
@@ -47,8 +49,9 @@ class Uploader:
         A run that was deleted there stays deleted. With ``check``, look it up even if all its records were sent.
         """
         if check or self.missing(journal):
-            with locked(self._progress_path(journal)):
+            with locked(self._progress_path(journal), self.store.timeout / 2):
                 try:
+                    self.store.check()
                     self._send_pending(journal)
                 except Exception:
                     self._run_ids.pop(journal.key, None)  # the run may have been deleted: look it up again
@@ -56,13 +59,13 @@ class Uploader:
 
     def missing(self, journal: Journal) -> int:
         """Return the number of records that are not known to be in the store."""
-        return len(journal.since(Progress(self._progress_path(journal), journal.size).sent))
+        return len(journal.since(Progress(self._progress_path(journal), journal).sent))
 
     def _progress_path(self, journal: Journal) -> Path:
         return journal.folder / f"sent-{self._digest}.json"
 
     def _send_pending(self, journal: Journal) -> None:
-        progress = Progress(self._progress_path(journal), journal.size, self.display_uri)
+        progress = Progress(self._progress_path(journal), journal, self.display_uri)
         if journal.key not in self._run_ids:
             run = self.store.find_run(journal)
             if run and run.info.lifecycle_stage == "deleted":
@@ -99,29 +102,42 @@ class Uploader:
                 accepted(end, len(batch))
 
 
+class Offsets(BaseModel):
+    """Content of a progress file: positions in the journal, in bytes."""
+
+    model_config = ConfigDict(strict=True)
+
+    next: int = Field(ge=0)
+    # Earlier versions wrote "doubtful" for "in_flight".
+    in_flight: int = Field(ge=0, validation_alias=AliasChoices("in_flight", "doubtful"))
+
+
 class Progress:
     """Upload progress of one journal to one store, kept in a file next to the journal.
 
-    If the file is missing or unreadable, for example truncated by a crash, progress restarts from 0 and every byte
-    ``written`` to the journal counts as possibly sent.
+    If the file is missing or damaged, for example truncated by a crash, progress restarts from 0 and every byte of the
+    journal counts as possibly sent.
 
     All records up to the offset ``sent`` are in the store. Those up to ``in_flight`` were in a request, and may be in
     the store if its response was lost.
     """
 
-    def __init__(self, path: Path, written: int, display_uri: str = "") -> None:
+    def __init__(self, path: Path, journal: Journal, display_uri: str = "") -> None:
         self._path, self._display_uri = path, display_uri
         try:
-            read = json.loads(path.read_bytes())
-            # Earlier versions wrote "doubtful" for "in_flight".
-            self.sent, self.in_flight = int(read["next"]), int(read.get("in_flight", read.get("doubtful")))
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
-            self.sent, self.in_flight = 0, written
+            read = Offsets.model_validate_json(path.read_bytes() if path.is_file() else b"")
+            if not journal.is_boundary(read.next):
+                raise ValueError(f"no record ends at byte {read.next}")
+        except ValueError:
+            read = Offsets(next=0, in_flight=journal.size)
+        self.sent, self.in_flight = read.next, read.in_flight
 
     def save(self, sent: int, in_flight: int) -> None:
         """Set both offsets and write the file."""
         self.sent, self.in_flight = sent, in_flight
         content = {"store": self._display_uri, "next": sent, "in_flight": in_flight}
+        if self._path.is_dir():  # no version of this project has made it
+            remove(self._path)
         self._path.write_bytes(json.dumps(content).encode() + b"\n")
 
 
@@ -184,16 +200,23 @@ def sync() -> int:
     If the store is unreachable or refuses some runs, raise UserError. Records sent before that stay in the store.
     """
     uploader = Uploader(resolve_tracking_uri(), SYNC_TIMEOUT)
-    journals = [Journal(path.parent.name) for path in (workspace() / ".journal").glob("*/journal.jsonl")]
-    starts = {journal: records[0]["time"] for journal in journals if (records := journal.records())}
+    folders = [
+        path.parent for path in (workspace() / ".journal").glob("*/journal.jsonl") if is_run_key(path.parent.name)
+    ]
+    starts: dict[Journal, int] = {}
     errors = []
-    for journal in sorted(starts, key=lambda journal: (starts[journal], journal.key)):
+    for journal in map(Journal, sorted(folder.name for folder in folders)):
+        try:
+            starts.update((journal, record["time"]) for record in journal.records()[:1])
+        except OSError as error:
+            errors.append(f"{journal.folder}: cannot read the journal: {error.strerror}")
+    for journal in sorted(starts, key=lambda journal: starts[journal]):
         before = uploader.sent
         try:
             _send_with_retries(uploader, journal)
         except Exception as error:
             errors.append(f"run {journal.key[:8]} was not sent to {uploader.display_uri}: {describe_error(error)}")
-            if not _is_permanent(error):
+            if not uploader.store.responds():
                 break
         if uploader.sent > before:
             print(f"minigpt: run {journal.key[:8]}: {uploader.sent - before} records sent")
@@ -217,6 +240,8 @@ def _send_with_retries(uploader: Uploader, journal: Journal) -> None:
 
 
 def _is_permanent(error: Exception) -> bool:
-    """Return whether the store has refused the request, so that a retry would fail in the same way."""
-    status = int(getattr(error, "get_http_status_code", lambda: 500)())
-    return isinstance(error, UserError) or (400 <= status < 500 and status != 429)
+    """Return whether a retry would fail in the same way: the store refused the request, or did not cause the error."""
+    if hasattr(error, "get_http_status_code"):
+        status = int(error.get_http_status_code())
+        return 400 <= status < 500 and status != 429
+    return not isinstance(error, OSError)  # the HTTP library's errors are OSErrors

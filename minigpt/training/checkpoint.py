@@ -10,21 +10,23 @@ import json
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt.errors import UserError
 from minigpt.export import write_tensors
-from minigpt.files import atomic_directory, write_json
+from minigpt.files import atomic_directory, read_json, read_run_key, remove, write_atomically, write_json
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -48,6 +50,8 @@ def fingerprint(params: Params, corpus_digest: str) -> str:
 @dataclass
 class TrainState:
     """Progress of a training, except for its tensors."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     step: int = 0  # optimizer steps done
     saved_step: int = 0  # step of the newest checkpoint
@@ -78,18 +82,25 @@ class Checkpoints:
 
     def __init__(self, root: Path, fingerprint: str) -> None:
         self.folder = root / ".checkpoints" / fingerprint
+        self.started_before = False  # set by `run_key`: an earlier process has started this training
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from running this training; raise UserError if one does. Its death frees the lock."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock, holder = FileLock(self.folder.with_suffix(".lock")), self.folder.with_suffix(".pid")
+        paths = self.folder.with_suffix(".lock"), self.folder.with_suffix(".pid")
+        for path in paths:
+            if path.is_dir():  # no version of this project has made it
+                remove(path)
+        lock, holder = FileLock(paths[0]), paths[1]
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
-            problem = f"process {pid} is already running this training"
-            raise UserError(f"{problem}; wait for it, or stop it with `kill {pid}`") from None
+            pid = holder.read_text(errors="replace").strip() if holder.is_file() else ""
+            name, way_out = (
+                (f"process {pid}", f", or stop it with `kill {pid}`") if pid.isdecimal() else ("a process", "")
+            )
+            raise UserError(f"{name} is already running this training; wait for it{way_out}") from None
         try:
             holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield
@@ -97,14 +108,23 @@ class Checkpoints:
             lock.release()
 
     def run_key(self) -> str:
-        """Return 32 hexadecimal digits that identify the run from the first start of this training to its end."""
+        """Return 32 hexadecimal digits that identify the run from the first start of this training to its end.
+
+        If the file that stores them is damaged, the training continues as a new run.
+        """
         path = self.folder / "run.json"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".new")
-            write_json(temporary, {"run": uuid.uuid4().hex})
-            temporary.replace(path)
-        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+        if not self.folder.is_dir():
+            remove(self.folder)
+        self.started_before = path.exists()
+        try:
+            return read_run_key(path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            print(f"minigpt: {path}: damaged: {error}; the training continues as a new MLflow run", file=sys.stderr)
+        key = uuid.uuid4().hex
+        write_atomically(path, json.dumps({"run": key}).encode())
+        return key
 
     def save(self, checkpoint: Checkpoint, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Write a checkpoint, then remove all but the last KEEP. All ranks must call.
@@ -128,7 +148,7 @@ class Checkpoints:
             write_json(folder / "state.json", asdict(checkpoint.state))
             write_json(folder / "digests.json", {path.name: _digest(path) for path in sorted(folder.iterdir())})
         for old in self._step_folders()[: -self.KEEP]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load(
         self, like: dict[str, Tensor], group: ProcessGroup = SINGLE_PROCESS
@@ -157,8 +177,13 @@ class Checkpoints:
         for suffix in (".lock", ".pid"):
             self.folder.with_suffix(suffix).unlink(missing_ok=True)
 
+    @staticmethod
+    def folder_name(step: int) -> str:
+        """Return the name of the folder for the checkpoint of a step."""
+        return f"step-{step:06d}"
+
     def _step_folder(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}"
+        return self.folder / self.folder_name(step)
 
     def _step_folders(self) -> list[Path]:
         folders = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
@@ -169,19 +194,44 @@ class Checkpoints:
         damaged: list[str] = []
         for folder in reversed(self._step_folders()):
             try:
-                digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-                if set(digests) != {path.name for path in folder.iterdir()} - {"digests.json"}:
-                    raise ValueError("its files are not those that digests.json lists")
-                for name, digest in digests.items():
-                    if _digest(folder / name) != digest:
-                        raise ValueError(f"{name} does not match its digest")
-                state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+                check_digests(folder)
+                state = read_state(folder)
                 tensors = {} if sharded else _read_tensors(folder, like)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 damaged.append(f"{folder}: damaged, skipped: {error}")
             else:
                 return Checkpoint(tensors, state), damaged
         return None, damaged
+
+
+def check_digests(folder: Path) -> None:
+    """Raise OSError or ValueError if a checkpoint does not have exactly the files and bytes that were written."""
+    digests = read_json(folder / "digests.json")
+    if not isinstance(digests, dict) or set(digests) != {path.name for path in folder.iterdir()} - {"digests.json"}:
+        raise ValueError("its files are not those that digests.json lists")
+    for name, digest in digests.items():
+        if not (folder / name).is_file() or _digest(folder / name) != digest:
+            raise ValueError(f"{name} does not match its digest")
+
+
+def read_state(folder: Path) -> TrainState:
+    """Read the state of a checkpoint. Raise OSError or ValueError if it does not describe a training."""
+    content = read_json(folder / "state.json")
+    try:
+        TypeAdapter(TrainState).validate_json((folder / "state.json").read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"state.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    if missing := {each.name for each in fields(TrainState)} - set(content):
+        raise ValueError(f"state.json: {min(missing)} is missing")
+    state = TrainState(**content)  # as it was written: pydantic would turn the integers of history into floats
+    if folder.name != Checkpoints.folder_name(state.step):
+        raise ValueError(f"state.json: it is of step {state.step}")
+    if not any(
+        row.keys() >= {"val_loss", "train_loss"} and row.get("step") == state.best_step for row in state.history
+    ):
+        raise ValueError(f"state.json: history has no losses of best_step = {state.best_step}")
+    return state
 
 
 def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,8 +239,9 @@ def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     path = folder / "state.safetensors"
     found = load_file(path) if path.exists() else _read_shards(folder, like, no_dist=True)
     tensors = {name: found[name].to(value.device) for name, value in like.items()}
-    if wrong := [name for name, value in like.items() if tensors[name].shape != value.shape]:
-        raise ValueError(f"{wrong[0]} has another shape than the model's")
+    for name, value in like.items():
+        if (tensors[name].shape, tensors[name].dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{name} has another shape or number format than the model's")
     return tensors
 
 

@@ -16,6 +16,7 @@ from minigpt.runtime.distributed import ProcessGroup
 
 # Maximum interval between checkpoints. Overridden by MINIGPT_CHECKPOINT_SECONDS and MINIGPT_CHECKPOINT_STEPS.
 CHECKPOINT_SECONDS, CHECKPOINT_STEPS = 30.0, 10_000
+FIRST_CHECKPOINT_SECONDS = 5.0  # each later interval is as long as the training has run, up to the maximum
 # Requests of a rank, and decisions of all ranks. Only rank 0 requests SAVE, so a sum >= STOP means stop.
 CONTINUE, SAVE, STOP = 0, 1, 2
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -50,11 +51,15 @@ class DeferredScalars:
 
 
 class CheckpointTimer:
-    """Timer for the next checkpoint, started after ``step`` steps."""
+    """Timer for the next checkpoint, started after ``step`` steps, ``elapsed`` seconds after this process began.
 
-    def __init__(self, step: int) -> None:
+    A killed process loses at most half of its work, or the first seconds.
+    """
+
+    def __init__(self, step: int, elapsed: float = 0.0) -> None:
+        longest = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
         self._step = step + int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
-        self._time = time.monotonic() + float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
+        self._time = time.monotonic() + min(longest, max(FIRST_CHECKPOINT_SECONDS, elapsed))
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is due after ``step`` steps."""
@@ -121,7 +126,7 @@ class Control:
     """
 
     def __init__(self, group: ProcessGroup, signals: Signals, step: int) -> None:
-        self._group, self._signals = group, signals
+        self._group, self._signals, self._began = group, signals, time.monotonic()
         self.restart_timer(step)
 
     def decide(self, step: int, total: int) -> int:
@@ -135,13 +140,39 @@ class Control:
 
     def restart_timer(self, step: int) -> None:
         """Start the timer for the next checkpoint and withdraw the request, after a checkpoint of ``step``."""
-        self._timer, self.request = CheckpointTimer(step), CONTINUE
+        elapsed = time.monotonic() - self._began
+        self._timer, self.request = CheckpointTimer(step, elapsed), CONTINUE
 
-    def interruption(self, step: int) -> Interrupted:
-        """Return the exception that stops all ranks, whose checkpoint of ``step`` is saved."""
+    def interruption(self, step: int) -> Interrupted | None:
+        """Return the exception that stops all ranks, whose checkpoint of ``step`` is saved; None without a signal."""
         signum = self._group.all_reduce_max(self._signals.first())
+        if not signum:
+            return None
         cause = "DVC has ended" if signum == signal.SIGHUP else f"stopped by {signal.Signals(signum).name}"
         return Interrupted(signum, f"{cause}; saved after step {step}; run the same command to resume")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise Interrupted inside, wherever the program is. A second signal ends the process."""
+
+    def stop(signum: int, _: FrameType | None) -> None:
+        for handled in HANDLED:
+            signal.signal(handled, signal.SIG_DFL)
+        raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}; run the same command to resume")
+
+    old_handlers = [signal.signal(signum, stop) for signum in HANDLED]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(HANDLED, old_handlers, strict=True):
+            signal.signal(signum, handler)
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM until the process ends, because all of its work is done."""
+    for signum in HANDLED:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def launching_processes() -> list[int]:

@@ -125,8 +125,13 @@ class Trainer:
                     with self.clock.paused():
                         self.save_checkpoint()
                     control.restart_timer(state.step)
-                if decision >= STOP:
-                    raise control.interruption(state.step)
+                if decision >= STOP and (stopped := control.interruption(state.step)):
+                    raise stopped
+            # Whatever happens until the result is exported, no step is trained twice.
+            with self.clock.paused():
+                self.save_checkpoint()
+            if stopped := control.interruption(state.step):
+                raise stopped
         weights = {name: full_tensor(value) for name, value in self.best.items()}
         return TrainResult(weights, state.history, self._metrics())
 
@@ -274,6 +279,8 @@ class Trainer:
             messages.append(f"resuming after step {self.state.step}, from {self.checkpoints.folder}")
         elif messages:
             messages.append("starting from step 0: no checkpoint of this training is intact")
+        elif self.checkpoints.started_before:
+            messages.append("starting from step 0: the earlier start ended before its first checkpoint")
         elif self.checkpoints.count_others():
             messages.append("starting from step 0: the unfinished trainings here have other params, data or code")
         for message in messages if self.group.is_main else ():

@@ -17,7 +17,7 @@ from minigpt.tracking.uploader import Uploader
 journal = Journal(sys.argv[1])
 if not journal.records():
     journal.name("a run")
-Uploader(resolve_tracking_uri()).send(journal)
+Uploader(resolve_tracking_uri(), 60).send(journal)
 """
 """Programs for other processes."""
 

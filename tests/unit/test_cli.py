@@ -315,7 +315,6 @@ def test_commands_and_stages_use_the_same_folders():
 
 
 def test_make_does_not_run_shell_text_in_repo(tmp_path):
-    repo = '$(shell touch made)`touch shell`"; touch quoted; "$(touch substituted)'
     program = tmp_path / ".venv/bin/minigpt"
     program.parent.mkdir(parents=True)
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m minigpt "$@"\n')
@@ -323,6 +322,11 @@ def test_make_does_not_run_shell_text_in_repo(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv/installed").touch()
-    ran = command("make", "dagshub", f"REPO={repo}", cwd=tmp_path, DAGSHUB_USER_TOKEN="token", PYTHONPATH=str(ROOT))
-    assert f"expected user/repo, got {repo!r}" in ran.stderr
-    assert not {path.name for path in tmp_path.iterdir()} & {"made", "shell", "quoted", "substituted"}
+    for repo in (
+        '$(shell touch made)`touch shell`"; touch quoted; "$(touch substituted)',
+        "x; touch made", "x' ; touch made '", "x\ntouch made\n", "a/b && touch made", "-x", "--help", "$$(touch made)",
+    ):  # fmt: skip
+        ran = command("make", "dagshub", f"REPO={repo}", cwd=tmp_path, DAGSHUB_USER_TOKEN="token", PYTHONPATH=str(ROOT))
+        assert f"expected user/repo, got {repo!r}" in ran.stderr
+        assert ran.returncode != 0
+        assert not {path.name for path in tmp_path.iterdir()} & {"made", "shell", "quoted", "substituted"}

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def run_json(code, *arguments, **variables):
 
 def omp_settings(folder, *arguments, **variables):
     """Return the OpenMP settings of a new process that has its locks in ``folder``."""
-    return run_json(PRINT_OMP_SETTINGS, *arguments, TMPDIR=str(folder), **variables)
+    return run_json(PRINT_OMP_SETTINGS, *arguments, TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder), **variables)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def binding_process(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", PRINT_OMP_SETTINGS, "wait"],
         cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        env=os.environ | {"TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)},
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -90,13 +91,72 @@ def test_second_process_leaves_its_threads_unbound_until_the_first_is_killed(tmp
     assert omp_settings(tmp_path) == BOUND
 
 
-def test_process_that_cannot_take_the_locks_leaves_its_threads_unbound(tmp_path):
-    (tmp_path / f"minigpt-core-{cpu.available_cores()[-1]}-{os.getuid()}.lock").mkdir()
+def make_link(path):
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to(path.parent / "elsewhere")
+
+
+def make_open_folder(path):
+    path.mkdir()
+    path.chmod(0o777)
+
+
+def make_folder_of_another_user(path):
+    path.mkdir(mode=0o700)
+    os.chown(path, 12345, 12345)
+
+
+def make_folder_with_a_folder_as_lock(path):
+    (path / f"core-{cpu.available_cores()[-1]}.lock").mkdir(parents=True)
+    path.chmod(0o700)
+
+
+OBSTACLES = [pathlib.Path.touch, make_link, make_open_folder, make_folder_with_a_folder_as_lock]
+if os.geteuid() == 0:
+    OBSTACLES.append(make_folder_of_another_user)
+
+
+@pytest.mark.parametrize("make", OBSTACLES, ids=lambda make: make.__name__)
+def test_process_that_cannot_take_the_locks_leaves_its_threads_unbound(tmp_path, make):
+    make(tmp_path / f"minigpt-{os.getuid()}")
     assert omp_settings(tmp_path) == UNBOUND
+    assert not (tmp_path / "elsewhere").exists() or not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_missing_folder_for_temporary_files_costs_only_the_binding(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert not cpu.hold_locks(["a"])
+
+
+def test_locks_are_in_a_folder_that_only_the_user_can_change(tmp_path, monkeypatch):
+    for name, mode in (("session", 0o700), ("shared", 0o777)):
+        folder = tmp_path / name
+        folder.mkdir()
+        folder.chmod(mode)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        found = cpu.runtime_folder()
+        assert found.parent == (folder if mode == 0o700 else tmp_path)
+        assert found.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+def test_command_works_with_a_hostile_folder_for_temporary_files(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("content")
+    for name in (f"minigpt-{os.getuid()}", *(f"minigpt-core-{c}-{os.getuid()}.lock" for c in cpu.available_cores())):
+        (tmp_path / name).symlink_to(victim)
+    variables = {"TMPDIR": str(tmp_path), "XDG_RUNTIME_DIR": ""}
+    ran = python("-m", "minigpt", "write", "--model", str(tmp_path / "none"), cwd=ROOT, **variables)
+    assert "Traceback" not in ran.stderr
+    assert f"{tmp_path}/none" in ran.stderr  # it came as far as the model
+    assert victim.read_text() == "content"
 
 
 def test_locks_are_taken_together_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # inherited by the other processes
     take = "import sys; from minigpt.runtime import cpu; print('true' if cpu.hold_locks(sys.argv[1:]) else 'false')"
     assert cpu.hold_locks(["b"])
     assert not run_json(take, "a", "b", TMPDIR=str(tmp_path))

@@ -29,7 +29,7 @@ def test_auto_chooses_cuda_if_available():
 
 def test_concurrent_processes_reserve_different_devices(tmp_path, monkeypatch):
     """The devices are invented, because the locks of several GPUs need several GPUs."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # inherited by the other process
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
     other = (
         "import sys; from types import SimpleNamespace; import torch; from minigpt.runtime import device\n"
@@ -37,10 +37,10 @@ def test_concurrent_processes_reserve_different_devices(tmp_path, monkeypatch):
         "print(device.free_device(int(sys.argv[1])))"
     )
     assert free_device(2) == 0
-    assert python("-c", other, "2", cwd=ROOT, TMPDIR=str(tmp_path)).stdout == "1\n"
+    assert python("-c", other, "2", cwd=ROOT).stdout == "1\n"
     assert free_device(2) == 1  # the other process has ended
     assert free_device(2) == 0  # none is free
-    (tmp_path / f"minigpt-gpu-2-{os.getuid()}.lock").mkdir()
+    (tmp_path / f"minigpt-{os.getuid()}" / "gpu-2.lock").mkdir()
     assert free_device(3) == 0  # the third device's lock cannot be taken
 
 

@@ -1,6 +1,7 @@
 """Tests of the connection to DagsHub, against real servers at DagsHub's addresses."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -16,6 +17,7 @@ def repository(tmp_path, project_files):
     return folder
 
 
+HOST = "https://me:s3cret@dagshub.example.com"
 CONNECT = """\
 import sys
 from minigpt import errors
@@ -62,6 +64,7 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         assert TOKEN not in ran.stdout + ran.stderr
         assert push_and_pull(repository)
         assert files_with_token(repository) == {".dvc/config.local"}
+        assert (repository / ".dvc/config.local").stat().st_mode & 0o777 == 0o600
         assert "config.local" not in command("git", "status", "--short", "--ignored=no", cwd=repository).stdout
 
         bare = tmp_path / "bare.git"
@@ -109,6 +112,50 @@ def test_dvc_uses_s3_if_its_plugin_is_installed(tmp_path, repository, current_se
             assert f"wrote to {dagshub.url}/user/repo.dvc" in ran.stdout
             assert push_and_pull(repository, **plugin)
             assert files_with_token(repository) == {".dvc/config.local"}
+
+
+PRINT_MODES = """\
+import json, os, stat, sys
+from minigpt.tracking.dagshub import write_config
+os.umask(0)
+modes = []
+def record(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("config.local") and os.path.exists(arguments[0]):
+        modes.append(stat.S_IMODE(os.stat(arguments[0]).st_mode))
+sys.addaudithook(record)
+write_config({"url": "https://localhost/repo.dvc"}, {"auth": "basic", "user": "token", "password": "token"})
+print(json.dumps(modes))
+"""
+"""Program that prints the permissions of config.local at the start of every access."""
+
+
+def test_no_other_user_can_read_the_token_while_it_is_written(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    for state in ("missing", "readable"):
+        if state == "readable":
+            (tmp_path / ".dvc/config.local").chmod(0o644)
+        ran = python("-c", PRINT_MODES, cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert ran.returncode == 0, ran.stderr
+        modes = json.loads(ran.stdout)
+        if state == "readable":
+            assert modes.pop(0) == 0o644  # it is made private before anything is written
+        assert set(modes) == {0o600}
+        assert "password = token" in (tmp_path / ".dvc/config.local").read_text()
+        assert (tmp_path / ".dvc/config.local").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "name, value", [("repo", "../.."), ("repo", "./."), ("repo", "a/b\n"), ("repo", "-x/y"), ("host", HOST)]
+)
+def test_addresses_that_leave_dagshub_or_have_a_password_are_rejected(tmp_path, name, value):
+    (tmp_path / ".dvc").mkdir()
+    variables = {"repo": value} if name == "repo" else {}
+    ran = connect(tmp_path, value if name == "host" else "http://127.0.0.1:9", PYTHONPATH=str(ROOT), **variables)
+    assert ran.returncode == 1
+    assert re.fullmatch(
+        r"minigpt: (DAGSHUB_REPO: expected user/repo|DAGSHUB_CLIENT_HOST: expected https).*\n", ran.stderr
+    )
+    assert "s3cret" not in ran.stderr
 
 
 def test_errors_are_one_line_and_change_nothing(tmp_path, repository, current_server):

@@ -21,7 +21,7 @@ from minigpt.errors import UserError
 from minigpt.tracking import store, uploader
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import Store, describe_error
-from minigpt.tracking.uploader import Progress, Uploader
+from minigpt.tracking.uploader import Uploader
 
 FULL = os.environ.get("TORTURE") == "full"
 
@@ -36,28 +36,6 @@ def test_repeated_sends_deliver_each_record_once():
     sender.send(journal)
     Uploader(uri).send(journal)
     check_store(uri)
-
-
-@pytest.mark.parametrize(
-    "content, offsets",
-    [
-        ('{"store": "sqlite", "next": 120, "in_flight": 340}', (120, 340)),
-        ('{"store": "sqlite", "next": 120, "doubtful": 340}', (120, 340)),  # written by earlier versions
-        ('{"store": "sqlite", "next": 120}', (0, 500)),
-        ('{"store": "sqlite", "nex', (0, 500)),
-        ("[]", (0, 500)),
-        ("", (0, 500)),
-        (None, (0, 500)),
-    ],
-)
-def test_unreadable_progress_counts_every_byte_as_possibly_sent(here, content, offsets):
-    path = here / "sent.json"
-    if content is not None:
-        path.write_text(content)
-    progress = Progress(path, 500)
-    assert (progress.sent, progress.in_flight) == offsets
-    progress.save(130, 350)
-    assert json.loads(path.read_text()) == {"store": "", "next": 130, "in_flight": 350}
 
 
 def test_sync_sends_the_rest_to_any_store(here, monkeypatch):

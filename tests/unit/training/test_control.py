@@ -20,6 +20,7 @@ from minigpt.training.control import (
     DeferredScalars,
     Signals,
     Stopwatch,
+    interruptible,
 )
 
 CPU = torch.device("cpu")
@@ -43,6 +44,21 @@ def test_timer_is_due_after_seconds(monkeypatch):
     assert not timer.due(11)
     time.sleep(0.06)
     assert timer.due(11)
+
+
+@pytest.mark.parametrize("elapsed, interval", [(0, 5), (3, 5), (12, 12), (100, 30)])
+def test_interval_grows_with_the_training_to_its_maximum(elapsed, interval):
+    before = time.monotonic()
+    assert before + interval <= CheckpointTimer(10, elapsed)._time <= time.monotonic() + interval
+
+
+def test_signal_raises_wherever_the_program_is_and_no_exception_handler_stops_it():
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; run the same command to resume"), interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception as error:
+            raise AssertionError from error
 
 
 def test_stopwatch_does_not_count_pauses():

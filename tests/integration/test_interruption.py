@@ -1,0 +1,71 @@
+"""Tests of trainings that stop before their first checkpoint or after their last step."""
+
+import os
+import signal
+import sys
+
+import pytest
+from helpers.trainings import prepare, start, start_training, wait_for
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.slow
+
+
+def runs(folder):
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal_after_the_last_step_keeps_the_training_and_its_run(tmp_path, project_files, name):
+    folder = prepare(tmp_path / "work", project_files)
+    process = start_training(folder)
+    assert wait_for((folder / "models/gpt").exists, process), process.communicate()[0]
+    process.send_signal(getattr(signal, name))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + getattr(signal, name), printed
+    assert f"minigpt: stopped by {name}; run the same command to resume\n" in printed
+    assert "Traceback" not in printed
+    (run,) = runs(folder)
+    assert run.info.status == "KILLED"
+    again = start_training(folder)
+    printed, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, printed
+    assert "resuming after step 300, from" in printed
+    (same,) = runs(folder)
+    assert (same.info.run_id, same.info.status) == (run.info.run_id, "FINISHED")
+    assert not list((folder / ".checkpoints").iterdir())
+
+
+def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
+    """The handler of the training loop receives it, after the last step that reads the requests."""
+    folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 3, "eval_interval": 3}})
+    code = (
+        "import os, signal, sys\n"
+        "from minigpt import errors\n"
+        "from minigpt.training.trainer import Trainer\n"
+        "from stages import train\n"
+        "evaluate = Trainer.evaluate\n"
+        "def interrupt(self, step):\n"
+        "    evaluate(self, step)\n"
+        "    if step == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+        "Trainer.evaluate = interrupt\n"
+        "errors.run(train.main)"
+    )
+    process = start(sys.executable, "-c", code, cwd=folder)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "stopped by SIGINT; saved after step 3; run the same command to resume" in printed
+    assert not (folder / "models/gpt").exists()
+
+
+def test_start_after_a_kill_before_the_first_checkpoint_says_so(tmp_path, project_files):
+    folder = prepare(tmp_path / "work", project_files)
+    process = start_training(folder)
+    assert wait_for(lambda: list((folder / ".checkpoints").glob("*/run.json")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = start_training(folder)
+    printed, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, printed
+    assert "starting from step 0: the earlier start ended before its first checkpoint" in printed

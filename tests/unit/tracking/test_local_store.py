@@ -1,0 +1,107 @@
+"""Tests of local stores that cannot be opened."""
+
+import os
+import sqlite3
+import time
+
+import pytest
+from helpers.tracking import check_store, write_run
+from helpers.workspace import ROOT, python
+
+from minigpt.errors import UserError
+from minigpt.tracking import store, uploader
+from minigpt.tracking.run import Tracker
+
+KEY = "a" * 32
+
+
+@pytest.fixture(autouse=True)
+def no_store(here):
+    (here / "mlflow.db").unlink()
+
+
+def make_folder(path):
+    path.mkdir()
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def make_text(path):
+    path.write_text("no database " * 200)
+
+
+def make_cut_database(path):
+    with sqlite3.connect(path) as database:
+        database.execute("create table a (b)")
+    path.write_bytes(path.read_bytes()[:600])
+
+
+def make_unwritable(path):
+    path.symlink_to("/proc/minigpt.db")  # not even root can make this file
+
+
+DAMAGES = [make_folder, make_pipe, make_device, make_text, make_cut_database, make_unwritable]
+
+
+@pytest.mark.parametrize("make", DAMAGES)
+def test_stage_loses_at_most_five_seconds_to_a_store_that_cannot_be_opened(here, capsys, make):
+    make(here / "mlflow.db")
+    began = time.monotonic()
+    tracker = Tracker(KEY)
+    tracker.journal.name("a run")
+    for step in range(10):
+        tracker.metrics(step, {"val_loss": 1.0})
+        tracker.upload()
+    tracker.end("FINISHED", [])
+    assert time.monotonic() - began < 5
+    first, last = capsys.readouterr().err.splitlines()
+    assert f"sqlite:///{here}/mlflow.db does not accept the run: {here}/mlflow.db: " in first
+    assert "run `minigpt sync` to send them" in last
+    with pytest.raises(UserError, match=r"mlflow\.db: "):
+        uploader.sync()
+    assert time.monotonic() - began < 10
+    (here / "mlflow.db").rmdir() if make is make_folder else (here / "mlflow.db").unlink()
+    uploader.sync()
+    check_store(store.resolve_tracking_uri(), KEY)
+
+
+def test_stage_loses_at_most_five_seconds_to_a_locked_database(here, capsys):
+    write_run(KEY, steps=3)
+    uploader.sync()
+    with sqlite3.connect(here / "mlflow.db") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        tracker = Tracker(KEY)
+        tracker.metrics(100, {"val_loss": 1.0})
+        tracker.upload()
+        tracker.end("FINISHED", [])
+        assert time.monotonic() - began < 5
+    assert "mlflow.db: cannot write this database: database is locked" in capsys.readouterr().err
+    uploader.sync()
+    check_store(store.resolve_tracking_uri(), KEY)
+
+
+def test_address_of_a_database_that_cannot_exist_is_reported():
+    began = time.monotonic()
+    for path in ("/proc/minigpt/runs.db", "/dev/null", "/dev/null%2Fruns.db", "/tmp/"):
+        with pytest.raises(UserError, match=r"cannot write this database|not a database but a folder"):
+            uploader.Uploader(f"sqlite:///{path}").store.connect()
+    assert time.monotonic() - began < 5
+
+
+def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(here):
+    for key in ("a", "b"):
+        write_run(key * 32, steps=3)
+    (here / "mlflow.db").mkdir()
+    began = time.monotonic()
+    ran = python("-m", "minigpt", "sync", cwd=here, PYTHONPATH=str(ROOT))
+    assert ran.returncode == 1
+    problem = f"{here}/mlflow.db: not a database but a folder or device; move it out of the way"
+    assert ran.stderr == f"minigpt: run aaaaaaaa was not sent to sqlite:///{here}/mlflow.db: {problem}\n"
+    assert time.monotonic() - began < 60
