@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-from minigpt.files import atomic_directory, require_json, require_file, write_json
+from minigpt.files import atomic_directory, require_file, require_json, write_json
 from minigpt.model import GPT, weight_shapes
 from minigpt.params import Count, ModelParams, Section, validate
 
