@@ -1,0 +1,308 @@
+"use strict";
+// The GPT of minigpt/model.py in plain JavaScript: it reads one character at a time and predicts the next one.
+//
+// Shapes in comments: C = n_embd, H heads of S = head_size channels, V characters in the vocabulary. A matrix is one
+// Float32Array that holds its rows one after the other: a weight of (outputs, inputs) has `inputs` numbers per row.
+// Sums are float64, as all arithmetic in JavaScript, and are rounded to float32 when they are stored.
+
+// ------------------------------------------------------------------------------------------------ linear algebra
+
+// Return weight · x + bias. Eight sums at a time: a processor adds several numbers at once only if no sum waits for
+// the one before it.
+function linear(weight, bias, x) {
+  const inputs = x.length, outputs = weight.length / inputs, y = new Float32Array(outputs);
+  const whole = inputs - (inputs % 4);
+  let row = 0;
+  for (; row + 1 < outputs; row += 2) {
+    const first = row * inputs, second = first + inputs;
+    let a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+    for (let i = 0; i < whole; i += 4) {
+      const x0 = x[i], x1 = x[i + 1], x2 = x[i + 2], x3 = x[i + 3];
+      a += weight[first + i] * x0;
+      b += weight[first + i + 1] * x1;
+      c += weight[first + i + 2] * x2;
+      d += weight[first + i + 3] * x3;
+      e += weight[second + i] * x0;
+      f += weight[second + i + 1] * x1;
+      g += weight[second + i + 2] * x2;
+      h += weight[second + i + 3] * x3;
+    }
+    for (let i = whole; i < inputs; i++) {
+      a += weight[first + i] * x[i];
+      e += weight[second + i] * x[i];
+    }
+    y[row] = a + b + (c + d);
+    y[row + 1] = e + f + (g + h);
+  }
+  if (row < outputs) {
+    let sum = 0;
+    for (let i = 0; i < inputs; i++) sum += weight[row * inputs + i] * x[i];
+    y[row] = sum;
+  }
+  if (bias) for (let i = 0; i < outputs; i++) y[i] += bias[i];
+  return y;
+}
+
+// Return LayerNorm(x): mean 0 and variance 1, then a trained scale and shift if the model has them.
+function layerNorm(x, scale, shift) {
+  const size = x.length, y = new Float32Array(size);
+  let mean = 0, variance = 0;
+  for (let i = 0; i < size; i++) mean += x[i] / size;
+  for (let i = 0; i < size; i++) variance += (x[i] - mean) ** 2 / size;
+  const factor = 1 / Math.sqrt(variance + 1e-5);
+  for (let i = 0; i < size; i++) y[i] = (x[i] - mean) * factor;
+  if (scale) for (let i = 0; i < size; i++) y[i] = y[i] * scale[i] + shift[i];
+  return y;
+}
+
+// Add y to x, number by number.
+function addTo(x, y) {
+  for (let i = 0; i < x.length; i++) x[i] += y[i];
+}
+
+// Return the integral of the Gaussian, erf(x), with an error below 2e-7 (Abramowitz and Stegun 1964, 7.1.26).
+function erf(x) {
+  const t = 1 / (1 + 0.3275911 * Math.abs(x));
+  const sum = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
+  return Math.sign(x) * (1 - sum * Math.exp(-x * x));
+}
+
+// Activations of the feed-forward layer, by their names in params.yaml. Each returns a new array.
+const ACTIVATIONS = {
+  relu: (x) => x.map((z) => Math.max(z, 0)),
+  relu2: (x) => x.map((z) => Math.max(z, 0) ** 2),
+  gelu: (x) => x.map((z) => 0.5 * z * (1 + erf(z / Math.SQRT2))),
+  // The first half of x, z sigmoid(z), gates the second half.
+  swiglu: (x) => {
+    const half = x.length / 2;
+    return x.subarray(0, half).map((z, i) => (z / (1 + Math.exp(-z))) * x[half + i]);
+  },
+};
+
+// --------------------------------------------------------------------------------------------------- the KV cache
+
+// Keys and values of the characters that a model has read. With more characters than slots, those that no later one
+// attends to are dropped.
+class Cache {
+  constructor(config) {
+    this.window = config.attention_window || config.block_size;
+    this.slots = config.block_size + this.window;
+    this.width = config.n_head * config.head_size;
+    const store = () => new Float32Array(this.slots * this.width);
+    this.keys = Array.from({ length: config.n_layer }, store);
+    this.values = Array.from({ length: config.n_layer }, store);
+    this.clear();
+  }
+
+  // Forget all characters.
+  clear() {
+    this.ids = []; // all characters read
+    this.used = 0; // slots in use: the last ones of them
+  }
+
+  get length() {
+    return this.ids.length;
+  }
+
+  // Forget the characters from number `length` on. Return whether the ones before it are still complete.
+  truncate(length) {
+    const dropped = this.length - this.used;
+    if (length > this.length || (dropped && length - dropped < this.window - 1)) return false;
+    this.ids.length = length;
+    this.used = length - dropped;
+    return true;
+  }
+
+  // Drop the oldest characters if there is no slot for one more.
+  makeRoom() {
+    if (this.used < this.slots) return;
+    const kept = this.window - 1, from = (this.used - kept) * this.width;
+    for (const stored of [...this.keys, ...this.values]) stored.copyWithin(0, from, this.used * this.width);
+    this.used = kept;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ the model
+
+class GPT {
+  // Create a model from its entry in the facts of a page and the bytes of its weights.
+  static fromFacts(model, bytes) {
+    if (bytes.length !== model.bytes || adler32(bytes) !== model.adler32) {
+      throw new Error("the weights in this file are damaged or incomplete");
+    }
+    const tensors = {};
+    for (const [name, tensor] of Object.entries(model.tensors)) tensors[name] = readTensor(tensor, bytes);
+    return new GPT(model.config, tensors);
+  }
+
+  // `config` has the fields of the section `model` of params.yaml; `tensors` are Float32Arrays by their names in
+  // model.safetensors.
+  constructor(config, tensors) {
+    this.config = config;
+    this.tensors = tensors;
+    if (!Object.hasOwn(ACTIVATIONS, config.activation)) {
+      throw new Error(`the activation ${config.activation} is not implemented in this page`);
+    }
+    this.activate = ACTIVATIONS[config.activation];
+    const needed = ["embedding.weight"];
+    for (let n = 0; n < config.n_layer; n++) {
+      for (const part of ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]) {
+        needed.push(`blocks.${n}.${part}.weight`);
+      }
+    }
+    if (config.positions === "learned") needed.push("position.weight");
+    if (config.embd_conv > 1) needed.push("conv");
+    if (!config.tied_head) needed.push("head.weight");
+    for (const name of needed) if (!tensors[name]) throw new Error(`the tensor ${name} is missing in this page`);
+    this.vocabSize = tensors["embedding.weight"].length / config.n_embd;
+  }
+
+  makeCache() {
+    return new Cache(this.config);
+  }
+
+  // Read the character `id`, which follows those in the cache, and return the logits of the next one, (V,).
+  //
+  // `probe`, an object, receives what the model computes on the way: `attention[layer][head]`, the weight of each
+  // character in the cache, the oldest first and 0 outside the window; `lens[layer]`, the logits if the model ended
+  // after this block (nostalgebraist 2020); `units[layer]`, the activations of the feed-forward layer.
+  forward(id, cache, probe = null) {
+    if (!Number.isInteger(id) || id < 0 || id >= this.vocabSize) throw new RangeError(`no character has the id ${id}`);
+    cache.makeRoom();
+    if (probe) Object.assign(probe, { attention: [], lens: [], units: [] });
+    const x = this.embed(id, cache); // the residual stream, (C,): each block reads it and adds to it
+    for (let n = 0; n < this.config.n_layer; n++) {
+      addTo(x, this.attend(n, this.norm(`blocks.${n}.norm1`, x), cache, probe));
+      addTo(x, this.feedForward(n, this.norm(`blocks.${n}.norm2`, x), probe));
+      if (probe) probe.lens.push(this.predict(x));
+    }
+    cache.ids.push(id);
+    cache.used++;
+    return this.predict(x);
+  }
+
+  // Return the start of the residual stream: the character, the characters before it, and its position.
+  embed(id, cache) {
+    const { n_embd: C, embd_conv: taps, positions, block_size, embd_norm } = this.config;
+    const row = (name, index) => this.tensors[name].subarray(index * C, (index + 1) * C);
+    const x = row("embedding.weight", id).slice();
+    for (let back = 1; back < taps && back <= cache.length; back++) {
+      const weight = row("conv", back - 1), before = row("embedding.weight", cache.ids[cache.length - back]);
+      for (let i = 0; i < C; i++) x[i] += weight[i] * before[i];
+    }
+    if (positions === "learned") {
+      if (cache.length >= block_size) throw new RangeError(`the context of ${block_size} characters is full`);
+      addTo(x, row("position.weight", cache.length));
+    }
+    return embd_norm ? layerNorm(x) : x;
+  }
+
+  // Return the output of attention in block n for x, (C,): a mixture of what the visible characters have to tell.
+  attend(n, x, cache, probe) {
+    const { n_head: H, head_size: S, qk_norm, positions } = this.config;
+    const width = H * S, keys = cache.keys[n], values = cache.values[n], slot = cache.used;
+    const qkv = this.map(`blocks.${n}.attention.qkv`, x); // queries, keys and values of all heads
+    for (let part = 0; part < 2 * H; part++) { // the queries and the keys
+      const head = qkv.subarray(part * S, (part + 1) * S);
+      if (qk_norm) head.set(layerNorm(head));
+      if (positions === "rotary") this.rotate(head, cache.length);
+    }
+    keys.set(qkv.subarray(width, 2 * width), slot * width);
+    values.set(qkv.subarray(2 * width), slot * width);
+
+    const first = Math.max(0, slot + 1 - cache.window), y = new Float32Array(width);
+    if (probe) probe.attention.push([]);
+    for (let h = 0; h < H; h++) {
+      const weights = new Float32Array(slot + 1);
+      let highest = -Infinity, total = 0;
+      for (let t = first; t <= slot; t++) {
+        let score = 0;
+        for (let i = h * S, k = t * width + h * S; i < (h + 1) * S; i++, k++) score += qkv[i] * keys[k];
+        weights[t] = score / Math.sqrt(S);
+        highest = Math.max(highest, weights[t]);
+      }
+      for (let t = first; t <= slot; t++) total += weights[t] = Math.exp(weights[t] - highest);
+      for (let t = first; t <= slot; t++) {
+        const weight = (weights[t] /= total);
+        for (let i = h * S, v = t * width + h * S; i < (h + 1) * S; i++, v++) y[i] += weight * values[v];
+      }
+      if (probe) probe.attention[n].push(weights);
+    }
+    return this.map(`blocks.${n}.attention.out`, y);
+  }
+
+  // Rotate each pair (i, i + S/2) of channels by the angle of its position (Su et al. 2021).
+  rotate(x, position) {
+    const half = x.length / 2;
+    for (let i = 0; i < half; i++) {
+      const angle = position * this.config.rotary_base ** -(i / half);
+      const cos = Math.cos(angle), sin = Math.sin(angle), left = x[i], right = x[i + half];
+      x[i] = left * cos - right * sin;
+      x[i + half] = right * cos + left * sin;
+    }
+  }
+
+  // Return the output of the feed-forward layer of block n for x, (C,).
+  feedForward(n, x, probe) {
+    const units = this.activate(this.map(`blocks.${n}.feed_forward.up`, x));
+    if (probe) probe.units.push(units);
+    return this.map(`blocks.${n}.feed_forward.down`, units);
+  }
+
+  // Return the logits, (V,), for the residual stream x.
+  predict(x) {
+    const weight = this.tensors[this.config.tied_head ? "embedding.weight" : "head.weight"];
+    return linear(weight, this.tensors["head.bias"], this.norm("norm", x));
+  }
+
+  map(name, x) {
+    return linear(this.tensors[`${name}.weight`], this.tensors[`${name}.bias`], x);
+  }
+
+  norm(name, x) {
+    return layerNorm(x, this.tensors[`${name}.weight`], this.tensors[`${name}.bias`]);
+  }
+}
+
+// ---------------------------------------------------------------------------------- the weights as the page has them
+
+// Return the bytes that a base64 text encodes. Line breaks are not allowed.
+function decodeBase64(text) {
+  const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  const values = new Uint8Array(128);
+  for (let i = 0; i < 64; i++) values[alphabet.charCodeAt(i)] = i;
+  const value = (i) => values[text.charCodeAt(i) & 127];
+  const bytes = new Uint8Array((text.length / 4) * 3);
+  for (let i = 0, at = 0; i + 3 < text.length; i += 4, at += 3) {
+    bytes[at] = (value(i) << 2) | (value(i + 1) >> 4);
+    bytes[at + 1] = (value(i + 1) << 4) | (value(i + 2) >> 2);
+    bytes[at + 2] = (value(i + 2) << 6) | value(i + 3);
+  }
+  return bytes.subarray(0, bytes.length - (text.endsWith("==") ? 2 : text.endsWith("=") ? 1 : 0));
+}
+
+// Return the checksum Adler-32 (RFC 1950) of bytes.
+function adler32(bytes) {
+  let a = 1, b = 0;
+  for (let start = 0; start < bytes.length; start += 3800) { // the most for which b stays below 2 ** 32
+    for (const byte of bytes.subarray(start, start + 3800)) b += a += byte;
+    a %= 65521;
+    b %= 65521;
+  }
+  return b * 65536 + a;
+}
+
+// Return a tensor as a Float32Array. Integers of int8 are multiplied by the scale of their row.
+function readTensor({ shape, dtype, offset, scales_offset }, bytes) {
+  const size = shape.reduce((a, b) => a * b, 1);
+  const floats = (from, count) => new Float32Array(bytes.slice(from, from + 4 * count).buffer);
+  if (dtype === "float32") return floats(offset, size);
+  if (dtype === "bfloat16") { // the upper half of a float32
+    const halves = new Uint16Array(bytes.slice(offset, offset + 2 * size).buffer);
+    return new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer);
+  }
+  if (dtype !== "int8") throw new Error(`the number format ${dtype} is not implemented in this page`);
+  const integers = new Int8Array(bytes.buffer, bytes.byteOffset + offset, size);
+  const scales = floats(scales_offset, shape[0]), inputs = size / shape[0];
+  return Float32Array.from(integers, (integer, i) => integer * scales[Math.floor(i / inputs)]);
+}
