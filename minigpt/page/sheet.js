@@ -18,7 +18,8 @@ class Sheet {
 
   // Remove all characters. For each character: its id, surprisal in bits, first character of its context, logits.
   clear() {
-    Object.assign(this, { ids: [], bits: [], starts: [], logits: [], runs: [], promptLength: 0, selected: -1 });
+    Object.assign(this, { ids: [], bits: [], starts: [], logits: [], runs: [], selected: -1 });
+    Object.assign(this, { given: 0, promptLength: 0 }); // characters of the reader, and those before the writer began
     Object.assign(this, { clusters: [], clusterOf: [], shadeValue: null });
     this.text.replaceChildren();
     this.text.removeAttribute("aria-activedescendant");
@@ -67,7 +68,7 @@ class Sheet {
   makeCluster(first, part, parent) {
     const blank = BLANKS[part];
     const element = el("span", { class: "c", role: "option", "aria-selected": "false", "aria-label": blank && blank[1] });
-    if (first < this.promptLength) element.classList.add("given");
+    if (first < this.given) element.classList.add("given");
     if (part === "\n") element.classList.add("newline");
     const cluster = { first, count: 0, element, number: this.clusters.length };
     element.cluster = cluster;
@@ -92,13 +93,13 @@ class Sheet {
 
   // Return the text with its notes, for restore().
   snapshot() {
-    const { ids, bits, starts, logits, promptLength } = this;
-    return { ids: [...ids], bits: [...bits], starts: [...starts], logits: [...logits], promptLength };
+    const { ids, bits, starts, logits, given, promptLength } = this;
+    return { ids: [...ids], bits: [...bits], starts: [...starts], logits: [...logits], given, promptLength };
   }
 
-  restore({ ids, bits, starts, logits, promptLength }) {
+  restore({ ids, bits, starts, logits, given, promptLength }) {
     this.clear();
-    this.promptLength = promptLength;
+    Object.assign(this, { given, promptLength });
     ids.forEach((id, i) => this.append(id, { bits: bits[i], start: starts[i], logits: logits[i] }));
     this.flush();
   }

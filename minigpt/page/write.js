@@ -166,7 +166,7 @@ class Desk {
       sheet.select(-1);
       sheet.clear();
       const ids = sheet.model.encode(this.prompt);
-      sheet.promptLength = ids.length;
+      sheet.promptLength = sheet.given = ids.length;
       for (const id of ids) sheet.append(id);
       sheet.writer = this.startWriter(sheet);
     }
@@ -196,12 +196,14 @@ class Desk {
   async branch(sheet, index, id) {
     await this.stop();
     this.remember();
-    const remaining = Math.max(1, sheet.length - index - 1);
+    const remaining = Math.max(1, sheet.length - index - 1), logits = sheet.logits[index], start = sheet.starts[index];
     sheet.truncate(index);
-    sheet.append(id, { bits: sheet.branchBits?.(id) ?? null });
+    sheet.append(id, { bits: logits && surprisal(logits, id), start, logits });
     sheet.promptLength = sheet.length;
+    sheet.given = Math.min(sheet.given, index);
     sheet.writer = this.startWriter(sheet);
     sheet.flush();
+    sheet.select(index);
     sheet.text.focus({ preventScroll: true });
     return this.run(remaining, [sheet]);
   }
@@ -291,7 +293,7 @@ class Desk {
   // Show the length and the mean surprisal of each text next to the validation loss.
   showStats() {
     for (const sheet of this.sheets) {
-      const written = sheet.length - sheet.promptLength, bits = mean(sheet.bits.slice(Math.max(1, sheet.promptLength)));
+      const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
       const validation = (sheet.model.facts.val_loss ?? this.facts.run?.val_loss) / Math.LN2;
       const parts = [`${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
         validation && `validation text ${fixed(validation)}`, !this.running && this.speed && `${whole(this.speed)} characters/s`];
