@@ -46,8 +46,10 @@ class Inspector {
     onPress($("previous"), () => this.sheet.select(Math.max(0, this.index - 1)));
     onPress($("next"), () => this.sheet.select(Math.min(this.sheet.length - 1, this.index + 1)));
     desk.listeners.select = (sheet, index) => this.select(sheet, index);
-    desk.listeners.settings = () => this.index >= 0 && this.refresh();
+    $("heat").addEventListener("input", () => desk.settings.set({ ...desk.settings.values, temperature: Number($("heat").value) }));
+    desk.listeners.settings = () => this.settingsChanged();
     desk.listeners.text = () => this.textChanged();
+    this.settingsChanged();
     this.setShading("surprise");
     this.refresh();
   }
@@ -70,11 +72,18 @@ class Inspector {
     $("inspector").classList.toggle("empty", !some);
     this.probes = null;
     if (some) await this.showSelected(isCurrent);
-    else for (const name of ["candidates", "attention", "inside"]) $(`panel-${name}`).replaceChildren();
+    else for (const name of ["candidates", "panel-attention", "panel-inside"]) $(name).replaceChildren();
     if (!isCurrent()) return;
     this.shadeAll();
     if (some && this.desk.shading === "unit") await this.shadeUnit();
     if (isCurrent()) await this.scoreRest(isCurrent);
+  }
+
+  settingsChanged() {
+    const { temperature } = this.desk.settings.values;
+    $("heat").value = temperature;
+    $("heat-value").textContent = temperature;
+    if (this.index >= 0) this.showCandidates();
   }
 
   async showSelected(isCurrent) {
@@ -131,7 +140,7 @@ class Inspector {
 
   showCandidates() {
     const { sheet, index } = this, logits = sheet.logits[index] ?? this.probes?.before?.logits;
-    const panel = $("panel-candidates");
+    const panel = $("candidates");
     if (!index || !logits) {
       panel.replaceChildren(el("p", { class: "muted" }, "The model predicts each character from the ones before it, so the first has no candidates."));
       return;
@@ -157,7 +166,7 @@ class Inspector {
     panel.replaceChildren(
       el("p", { class: "key" }, el("span", { class: "swatch before" }), "the model’s probability ", el("span", { class: "swatch after" }), "after temperature and filters"),
       el("ol", { class: "candidates" }, rows),
-      el("p", { class: "muted small" }, "Choose another character to rewrite the text from here. The settings change the second bar."));
+      el("p", { class: "muted small" }, "Choose another character to rewrite the text from here."));
   }
 
   // Return the distribution that a character is drawn from, with the settings as they are now.
@@ -249,7 +258,7 @@ class Inspector {
     const rows = lens.map((logits, layer) => {
       const p = softmax(logits);
       const cells = largest(p, 5).map((id) => el("span", { class: `guess prose${id === own ? " own" : ""}`, "--p": p[id], title: percent(p[id]) }, glyph(sheet.model.characters[id]), el("small", {}, percent(p[id]))));
-      return el("tr", {}, el("th", { scope: "row" }, `${layer + 1}`), el("td", {}, cells), el("td", { class: "number" }, percent(p[own])));
+      return el("tr", {}, el("th", { scope: "row" }, `${layer + 1}`), el("td", {}, el("div", { class: "guesses" }, cells)), el("td", { class: "number" }, percent(p[own])));
     });
     return el("table", { class: "lens" },
       el("caption", {}, "What the model would predict if it ended after a block"),

@@ -10,6 +10,7 @@ class Sheet {
     Object.assign(this, { model, onSelect });
     this.text = el("div", {
       class: "text prose", role: "listbox", tabindex: 0, "aria-label": label, "aria-orientation": "horizontal",
+      "data-empty": "Press Write.",
       onclick: (event) => this.click(event), onkeydown: (event) => this.press(event),
     });
     this.stats = el("p", { class: "stats muted" });

@@ -65,9 +65,9 @@ class Settings {
       el("span", { class: "hint", id: `hint-${name}` }, hint)));
   }
 
-  // Set values; those not given are the defaults, except for the ones that no preset changes.
-  set(values, preset = "As configured") {
-    const kept = preset === "As configured" ? [] : ["seed", "max_new_tokens", "stop", "overflow"];
+  // Set values; those not given are the defaults. A preset keeps what is no matter of taste.
+  set(values, preset = "") {
+    const kept = preset in PRESETS && preset !== "As configured" ? ["seed", "max_new_tokens", "stop", "overflow"] : [];
     for (const [name, input] of Object.entries(this.inputs)) {
       if (kept.includes(name)) continue;
       const value = values[name] ?? this.defaults[name] ?? "";
