@@ -60,7 +60,9 @@ def test_a_cache_is_not_truncated_to_characters_that_it_dropped():
 
 def test_a_cleared_cache_holds_no_trace_of_the_last_sequence():
     engine, ids = Engine(build().eval()), ids_of(9).tolist()
-    code = "const cache = gpt.makeCache(); gpt.forward(7, cache); cache.clear(); return ids.map((id) => gpt.forward(id, cache))"
+    code = """
+        const cache = gpt.makeCache(); gpt.forward(7, cache); cache.clear();
+        return ids.map((id) => gpt.forward(id, cache))"""
     assert engine.run(code, ids=ids) == engine.logits(ids)
 
 
