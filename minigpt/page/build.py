@@ -18,7 +18,7 @@ from minigpt.model import GPT, Linear
 from minigpt.quantize import WeightDtype, quantize_int8
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("gpt.js", "writer.js", "app.js")
+SCRIPTS = ("gpt.js", "writer.js", "tools.js", "sheet.js", "write.js", "inspect.js", "views.js", "app.js")
 MAX_BYTES = 50_000_000
 """Largest page: browsers read larger files slowly, and many mail servers reject them."""
 

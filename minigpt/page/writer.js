@@ -109,17 +109,25 @@ class Writer {
     return { id, character: this.characters[id], logits, probabilities };
   }
 
-  // Read the characters that are not in the cache, and return the logits of the next one. When the context is full,
-  // `reread` starts again with its last half, and `slide` with all but its first character; `roll` never starts again.
+  // Read the characters that are not in the cache, and return the logits of the next one.
   read() {
+    while (this.readAhead());
+    return this.gpt.forward(this.ids.at(-1), this.cache);
+  }
+
+  // Read one of the characters before the last, and return whether there was one: a page can draw itself between two
+  // calls. When the context is full, `reread` starts again with its last half, and `slide` with all but its first
+  // character; `roll` never starts again.
+  readAhead() {
     const { sampling, ids, cache } = this, context = this.gpt.config.block_size;
     if (sampling.overflow !== "roll" && ids.length - this.first > context) {
       this.first = ids.length - (sampling.overflow === "slide" ? context : Math.max(1, Math.floor(context / 2)));
       cache.clear();
     }
-    let logits;
-    while (this.first + cache.length < ids.length) logits = this.gpt.forward(ids[this.first + cache.length], cache);
-    return logits;
+    const next = this.first + cache.length;
+    if (next >= ids.length - 1) return false;
+    this.gpt.forward(ids[next], cache);
+    return true;
   }
 }
 
