@@ -7,39 +7,32 @@
 
 // ------------------------------------------------------------------------------------------------ linear algebra
 
-// Return weight · x + bias. Eight sums at a time: a processor adds several numbers at once only if no sum waits for
-// the one before it.
+// Return weight · x + bias. Eight rows at a time: a processor adds several numbers in parallel only if no sum waits
+// for the one before it, and each number of x is read once for eight products.
 function linear(weight, bias, x) {
-  const inputs = x.length, outputs = weight.length / inputs, y = new Float32Array(outputs);
-  const whole = inputs - (inputs % 4);
+  const n = x.length, outputs = weight.length / n, y = new Float32Array(outputs);
   let row = 0;
-  for (; row + 1 < outputs; row += 2) {
-    const first = row * inputs, second = first + inputs;
+  for (; row + 8 <= outputs; row += 8) {
     let a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-    for (let i = 0; i < whole; i += 4) {
-      const x0 = x[i], x1 = x[i + 1], x2 = x[i + 2], x3 = x[i + 3];
-      a += weight[first + i] * x0;
-      b += weight[first + i + 1] * x1;
-      c += weight[first + i + 2] * x2;
-      d += weight[first + i + 3] * x3;
-      e += weight[second + i] * x0;
-      f += weight[second + i + 1] * x1;
-      g += weight[second + i + 2] * x2;
-      h += weight[second + i + 3] * x3;
+    for (let i = 0, w = row * n; i < n; i++, w++) {
+      const z = x[i];
+      a += weight[w] * z;
+      b += weight[w + n] * z;
+      c += weight[w + 2 * n] * z;
+      d += weight[w + 3 * n] * z;
+      e += weight[w + 4 * n] * z;
+      f += weight[w + 5 * n] * z;
+      g += weight[w + 6 * n] * z;
+      h += weight[w + 7 * n] * z;
     }
-    for (let i = whole; i < inputs; i++) {
-      a += weight[first + i] * x[i];
-      e += weight[second + i] * x[i];
-    }
-    y[row] = a + b + (c + d);
-    y[row + 1] = e + f + (g + h);
+    y.set([a, b, c, d, e, f, g, h], row);
   }
-  if (row < outputs) {
+  for (; row < outputs; row++) {
     let sum = 0;
-    for (let i = 0; i < inputs; i++) sum += weight[row * inputs + i] * x[i];
+    for (let i = 0, w = row * n; i < n; i++, w++) sum += weight[w] * x[i];
     y[row] = sum;
   }
-  if (bias) for (let i = 0; i < outputs; i++) y[i] += bias[i];
+  if (bias) addTo(y, bias);
   return y;
 }
 
@@ -60,7 +53,17 @@ function addTo(x, y) {
   for (let i = 0; i < x.length; i++) x[i] += y[i];
 }
 
-// Return the integral of the Gaussian, erf(x), with an error below 2e-7 (Abramowitz and Stegun 1964, 7.1.26).
+// Rotate each pair (i, i + S/2) of channels of x by the angle position * speeds[i] (Su et al. 2021).
+function rotate(x, speeds, position) {
+  const half = x.length / 2;
+  for (let i = 0; i < half; i++) {
+    const cos = Math.cos(position * speeds[i]), sin = Math.sin(position * speeds[i]), left = x[i], right = x[i + half];
+    x[i] = left * cos - right * sin;
+    x[i + half] = right * cos + left * sin;
+  }
+}
+
+// Return the error function of x, with an error below 2e-7 (Abramowitz and Stegun 1964, 7.1.26).
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
   const sum = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t;
@@ -154,6 +157,8 @@ class GPT {
     if (config.embd_conv > 1) needed.push("conv");
     if (!config.tied_head) needed.push("head.weight");
     for (const name of needed) if (!tensors[name]) throw new Error(`the tensor ${name} is missing in this page`);
+    const half = config.head_size / 2;
+    this.speeds = Float64Array.from({ length: half }, (_, i) => config.rotary_base ** -(i / half));
     this.vocabSize = tensors["embedding.weight"].length / config.n_embd;
   }
 
@@ -205,7 +210,7 @@ class GPT {
     for (let part = 0; part < 2 * H; part++) { // the queries and the keys
       const head = qkv.subarray(part * S, (part + 1) * S);
       if (qk_norm) head.set(layerNorm(head));
-      if (positions === "rotary") this.rotate(head, cache.length);
+      if (positions === "rotary") rotate(head, this.speeds, cache.length);
     }
     keys.set(qkv.subarray(width, 2 * width), slot * width);
     values.set(qkv.subarray(2 * width), slot * width);
@@ -229,17 +234,6 @@ class GPT {
       if (probe) probe.attention[n].push(weights);
     }
     return this.map(`blocks.${n}.attention.out`, y);
-  }
-
-  // Rotate each pair (i, i + S/2) of channels by the angle of its position (Su et al. 2021).
-  rotate(x, position) {
-    const half = x.length / 2;
-    for (let i = 0; i < half; i++) {
-      const angle = position * this.config.rotary_base ** -(i / half);
-      const cos = Math.cos(angle), sin = Math.sin(angle), left = x[i], right = x[i + half];
-      x[i] = left * cos - right * sin;
-      x[i + half] = right * cos + left * sin;
-    }
   }
 
   // Return the output of the feed-forward layer of block n for x, (C,).
