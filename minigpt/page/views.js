@@ -175,7 +175,7 @@ class Measure {
     await this.desk.stop();
     this.desk.remember();
     target.select(-1);
-    target.restore({ ...this.sheet.snapshot(), given: this.sheet.length, promptLength: this.sheet.length });
+    target.restore({ ...this.sheet.snapshot(), given: 0, promptLength: this.sheet.length });
     target.writer = null;
     this.show("write");
     this.desk.finish("The measured text is in the view Write.");
