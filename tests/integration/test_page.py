@@ -316,8 +316,8 @@ def test_views_have_no_accessibility_violations(browser, path, tmp_path, width, 
     with opened(browser, path, width=width, theme=theme) as tab:
 
         def check(name):
-            results = axe.run(tab)
-            assert results.violations_count == 0, results.generate_report()
+            violations = axe.run(tab).response["violations"]
+            assert not [(rule["id"], rule["nodes"][0]["html"], rule["nodes"][0]["any"]) for rule in violations], name
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             picture = tab.screenshot(path=tmp_path / f"{name}.png", full_page=True)
             assert len(picture) > 10_000
