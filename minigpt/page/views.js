@@ -64,10 +64,7 @@ class Measure {
     this.sheet.text.id = "measured-text";
     const text = $("measure-text");
     text.addEventListener("input", () => this.check());
-    $("measure-form").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.measure();
-    });
+    onPress($("measure"), () => this.measure());
     onPress($("measure-written"), () => {
       text.value = desk.sheets[0].string();
       this.measure();
