@@ -41,7 +41,7 @@ function describe({ models, run = {} }) {
   const size = models.map((model) => run.parameters ?? model.run?.parameters).filter(Boolean).map((n) => `${whole(n)} parameters`);
   const source = run.source ?? run.dataset;
   $("title").textContent = models.map((model) => model.name).join(" and ");
-  $("subtitle").textContent = `A GPT of ${size[0] ?? "unknown size"}${source ? `, trained on ${source}` : ""}. It writes here, in this page, one character after the other.`;
+  $("subtitle").textContent = `A GPT of ${size[0] ?? "unknown size"}${source ? `, trained on ${source}` : ""}. It writes in this page, one character after the other.`;
 }
 
 function start() {

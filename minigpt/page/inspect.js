@@ -164,7 +164,7 @@ class Inspector {
         el("span", { class: "figures", "aria-hidden": "true" }, el("span", {}, percent(before[id])), el("b", {}, after[id] ? percent(after[id]) : "—"))));
     });
     panel.replaceChildren(
-      el("p", { class: "key" }, el("span", { class: "swatch before" }), "the model’s probability ", el("span", { class: "swatch after" }), "after temperature and filters"),
+      el("p", { class: "key" }, [["before", "the model’s probability"], ["after", "after temperature and filters"]].map(([kind, name]) => el("span", {}, el("i", { class: `swatch ${kind}` }), name))),
       el("ol", { class: "candidates" }, rows),
       el("p", { class: "muted small" }, "Choose another character to rewrite the text from here."));
   }

@@ -108,7 +108,7 @@ function largest(values, count) {
 
 // Return three to six round numbers from 0 or `low` to `high`.
 function ticks(low, high) {
-  const rough = (high - low || 1) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= rough);
   const found = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) found.push(tick);

@@ -39,7 +39,7 @@ function drawLines({ label, xName, yName, series, marker = null }, width, height
 
 // Return the names of the lines of a chart with their strokes.
 function lineKey(names) {
-  return el("p", { class: "key" }, names.map((name, n) => [svg("svg", { class: "stroke", viewBox: "0 0 24 8", "aria-hidden": "true" }, svg("line", { class: `line line${n}`, x1: 0, x2: 24, y1: 4, y2: 4 })), `${name} `]));
+  return el("p", { class: "key" }, names.map((name, n) => el("span", {}, svg("svg", { class: "stroke", viewBox: "0 0 24 8", "aria-hidden": "true" }, svg("line", { class: `line line${n}`, x1: 0, x2: 24, y1: 4, y2: 4 })), name)));
 }
 
 // Return bars to compare bits per character: [name, bits, whether it is the model's].
@@ -106,18 +106,18 @@ class Measure {
     if (facts.run?.val_loss) rows.push(["validation text", bits(facts.run.val_loss)]);
     if (facts.bigram) rows.push(["this text, by a bigram", mean(bigramBits(sheet.ids, facts.bigram))]);
     rows.push(["guessing", Math.log2(model.characters.length)]);
-    this.note = el("p", { class: "muted", role: "status" }, "Select a character to see what the model expected.");
+    this.note = el("p", { class: "stats muted", role: "status" }, "Select a character to see what the model expected.");
     $("measured").replaceChildren(
+      el("h2", { class: "label" }, "The text, shaded by surprise"), el("figure", { class: "sheet" }, sheet.text), this.note,
+      el("button", { type: "button", onclick: () => this.inspect() }, "Inspect it in the view Write"));
+    $("figures").replaceChildren(
       el("h2", { class: "label" }, "Bits per character"),
       el("p", { class: "headline" }, el("b", {}, fixed(average)), ` bits per character in ${whole(sheet.length)} characters. ${this.verdict(average)}`),
-      barChart(rows),
-      el("h2", { class: "label" }, "The text, shaded by surprise"),
-      el("figure", { class: "sheet" }, sheet.text), this.note,
-      el("div", { class: "actions" }, el("button", { type: "button", onclick: () => this.inspect() }, "Inspect it in the view Write")),
-      this.places(), this.byPosition());
+      barChart(rows), this.places(), this.byPosition());
     $("measured").hidden = false;
     sheet.flush();
     sheet.shade("surprise", (i) => sheet.bits[i] / 8);
+    sheet.text.scrollTop = 0;
   }
 
   verdict(average) {
@@ -206,10 +206,10 @@ function showTraining({ history = [], samples = [] }) {
   };
   slider.addEventListener("input", move);
   const play = el("button", { type: "button", onclick: () => playThrough(play, slider, move) }, "Play");
-  $("view-training").replaceChildren(
-    el("h2", { class: "label" }, "How the model learned"), chart, lineKey(["training text", "validation text"]),
-    el("div", { class: "slider" }, play, el("label", { for: "evaluation", class: "hidden" }, "Evaluation"), slider),
-    heading, samples.length ? el("h2", { class: "label" }, "What it wrote then") : "", sample);
+  $("view-training").replaceChildren(el("div", { class: "pages" },
+    el("div", {}, el("h2", { class: "label" }, "How the model learned"), chart, lineKey(["training text", "validation text"]),
+      el("div", { class: "slider" }, play, el("label", { for: "evaluation", class: "hidden" }, "Evaluation"), slider)),
+    el("div", {}, heading, samples.length ? el("h2", { class: "label" }, "What it wrote then") : "", sample)));
   move();
   return true;
 }
@@ -236,13 +236,17 @@ function stopPlaying(button) {
 // ----------------------------------------------------------------------------------------------------------- about
 
 function showAbout(desk, pristine) {
-  const { facts, models } = desk, view = $("view-about");
-  view.replaceChildren(...models.map((model) => aboutModel(model, model.facts.run ?? facts.run ?? {}, models.length > 1)),
-    el("div", { class: "actions" },
-      el("button", { type: "button", id: "download-text", onclick: () => download("text.txt", desk.sheets.map((sheet) => sheet.string()).join("\n\n"), "text/plain") }, "Download the text"),
-      el("button", { type: "button", id: "save-page", onclick: () => download("page.html", pristine(), "text/html") }, "Save the page")),
-    el("p", { class: "muted small" }, "A page inside a frame may not be allowed to save files. Open the file itself then."),
-    el("h2", { class: "label" }, "Keys"), keys());
+  const { facts, models } = desk;
+  const text = () => desk.sheets.map((sheet) => sheet.string()).join("\n\n");
+  const about = models.map((model) => aboutModel(model, model.facts.run ?? facts.run ?? {}, models.length > 1));
+  const compared = models.length > 1 ? null : comparison(facts.run ?? {});
+  $("view-about").replaceChildren(el("div", { class: "pages" }, about, el("div", {}, compared,
+    el("section", {}, el("h2", { class: "label" }, "Take it with you"),
+      el("div", { class: "actions" },
+        el("button", { type: "button", id: "download-text", onclick: () => download("text.txt", text(), "text/plain") }, "Download the text"),
+        el("button", { type: "button", id: "save-page", onclick: () => download("page.html", pristine(), "text/html") }, "Save the page")),
+      el("p", { class: "muted small" }, "A page inside a frame may not be allowed to save files. Open the file itself then.")),
+    el("section", {}, el("h2", { class: "label" }, "Keys"), keys()))));
 }
 
 function aboutModel(model, run, several) {
@@ -257,10 +261,15 @@ function aboutModel(model, run, several) {
     ["Training", run.steps && `${whole(run.steps)} steps${run.train_seconds ? ` in ${whole(run.train_seconds)} seconds` : ""}${run.best_step ? `; the weights are those of step ${whole(run.best_step)}` : ""}`],
     ["Run", run.name], ["Commit", run.commit], ["Date", run.date],
   ];
-  const baselines = Object.entries(run.baselines ?? {}).map(([name, value]) => [name, bits(value)]).sort((a, b) => b[1] - a[1]);
   return el("section", {}, el("h2", { class: "label" }, several ? model.name : "The model"),
-    el("dl", { class: "facts" }, rows.filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))])),
-    loss && baselines.length ? [el("h2", { class: "label" }, "Bits per character of the validation text"), barChart([...baselines, ["this model", bits(loss), true]])] : []);
+    el("dl", { class: "facts" }, rows.filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))])));
+}
+
+// Bars to compare the loss with those of models that count.
+function comparison({ baselines, val_loss: loss }) {
+  if (!baselines || !loss) return null;
+  const rows = Object.entries(baselines).map(([name, value]) => [name, bits(value)]).sort((a, b) => b[1] - a[1]);
+  return el("section", {}, el("h2", { class: "label" }, "Bits per character of the validation text"), barChart([...rows, ["this model", bits(loss), true]]));
 }
 
 function keys() {
