@@ -30,8 +30,9 @@ from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 TRAINING_CODE = (  # what training imports of the library: the same as in the dependencies of the stage train
-    "training", "evaluation/loss.py", "generation/sampling.py", "data", "runtime/cpu.py", "runtime/device.py", "runtime/distributed.py",
-    "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
+    "training", "evaluation/loss.py", "generation/sampling.py", "data", "runtime/cpu.py", "runtime/device.py",
+    "runtime/distributed.py", "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py",
+    "files.py",
 )  # fmt: skip
 
 

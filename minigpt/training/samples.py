@@ -11,7 +11,7 @@ from minigpt.model import GPT
 from minigpt.params import SamplingParams
 
 SAMPLING = SamplingParams()
-"""Sampling parameters: the defaults of the command line. Those of the section ``sample`` may change after a training."""
+"""Sampling parameters: the defaults of the command line. Those of the section ``sample`` would retrain the model."""
 
 WIDTH = 75
 """Characters of a line that are printed."""

@@ -15,8 +15,9 @@ from minigpt.page import build as page_build
 from minigpt.page.build import FOLDER, SCRIPTS, choose_dtype, pack, render, script_json, write_page
 
 HOSTILE = [
-    "</script><script>alert(1)</script>", "<!--<script>", "]]>", "\u2028\u2029", "\0\x01\x7f\x85", "\ud800", "\udc00\ud800",
-    "'\"`\\", "&lt;&amp;", "{{style}}{{facts}}", "\\1\\g<0>", "\ufeff\ufffe\uffff", "\r\n\r", "نص", "नमस्ते", "\U0001f600",
+    "</script><script>alert(1)</script>", "<!--<script>", "]]>", "\u2028\u2029", "\0\x01\x7f\x85", "\ud800",
+    "\udc00\ud800", "'\"`\\", "&lt;&amp;", "{{style}}{{facts}}", "\\1\\g<0>", "\ufeff\ufffe\uffff", "\r\n\r",
+    "نص", "नमस्ते", "\U0001f600",
 ]  # fmt: skip
 
 
