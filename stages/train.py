@@ -1,6 +1,7 @@
 """Train a GPT on the prepared tokens, as one MLflow run.
 
-    python -m stages.train        data/prepared -> models/gpt, results/train/{history.csv,metrics.json,run.json}
+    python -m stages.train        data/prepared
+                                  -> models/gpt, results/train/{history.csv,samples.csv,metrics.json,run.json}
     torchrun --nproc-per-node 2 -m stages.train
 
 If train.processes > 1, the first command starts that number of processes. A training that was killed resumes from its
@@ -9,6 +10,8 @@ last checkpoint when the same command runs again.
 
 from __future__ import annotations
 
+import io
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a sample
     if launcher.launch("stages.train", settings.train.processes):
         return
     cpu.configure_cpu()  # before torch is imported
@@ -58,8 +63,10 @@ def main() -> None:
             export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
             with atomic_directory(RESULTS / "train") as folder:
                 write_csv(folder / "history.csv", result.history)
+                if result.samples:
+                    write_csv(folder / "samples.csv", result.samples)
                 write_json(folder / "metrics.json", result.metrics)
-                write_json(folder / "run.json", {"run": tracker.journal.key})
+                write_json(folder / "run.json", tracker.describe() | {"source": settings.data.source})
             record(result, tracker, settings.data.source)
             tracker.end("FINISHED", trainer.state.resumed_at)
             checkpoints.remove()

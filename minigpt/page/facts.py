@@ -15,7 +15,7 @@ from minigpt import params
 from minigpt.data.dataset import Corpus, load_corpus
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
-from minigpt.evaluation.ngrams import MAX_TRAIN_CHARS, NGrams
+from minigpt.evaluation.ngrams import NGrams
 from minigpt.export import load_model
 from minigpt.model import GPT
 from minigpt.page.build import Facts, PageDtype, choose_dtype, pack, write_page
@@ -52,11 +52,19 @@ class PageModel:
 
 
 def build_page(
-    models: Sequence[PageModel], output: Path, sampling: SampleParams | None = None, dtype: PageDtype = "auto"
+    models: Sequence[PageModel],
+    output: Path,
+    dtype: PageDtype = "auto",
+    sampling: SampleParams | None = None,
+    corpus: Corpus | None = None,
 ) -> int:
     """Write a page with one or two models, and return its size in bytes.
 
-    The facts other than the models are those of the first one. The default of ``sampling`` is that of its workspace.
+    The facts other than the models are those of the first one: ``sampling`` and ``corpus`` are by default those of its
+    workspace.
+
+    Raises:
+        UserError: the page would be too large.
     """
     described, weights = [], []
     for number, page_model in enumerate(models):
@@ -67,7 +75,8 @@ def build_page(
     facts = {"version": VERSION, "models": described, "run": described[0]["run"]}
     facts |= describe_sampling(sampling or _sampling_of(first.root))
     if first.root:
-        facts |= describe_training(first.root / "results") | describe_corpus(first)
+        facts |= describe_training(first.root / "results")
+        facts |= describe_corpus(corpus or _corpus_of(first.root), first.tokenizer)
     return write_page(output, facts, weights)
 
 
@@ -93,6 +102,8 @@ def describe_sampling(sampling: SampleParams | None) -> Facts:
     prompts = values.pop("prompts", ["\n"])
     if values["seed"] > MAX_EXACT:
         values["seed"] = str(values["seed"])
+    if values["overflow"] == "slide":  # in a browser, it takes seconds for each character
+        values["overflow"] = "reread"
     return {"sampling": values, "prompts": prompts}
 
 
@@ -113,15 +124,9 @@ def describe_training(results: Path) -> Facts:
     return facts
 
 
-def describe_corpus(page_model: PageModel) -> Facts:
+def describe_corpus(corpus: Corpus | None, tokenizer: Tokenizer) -> Facts:
     """Return the training text if it is short, and a bigram model of it; nothing if it has another vocabulary."""
-    if page_model.root is None:
-        return {}
-    try:
-        corpus = load_corpus(page_model.root / "data" / "prepared")
-    except UserError:
-        return {}
-    if corpus.tokenizer.characters != page_model.tokenizer.characters:
+    if corpus is None or corpus.tokenizer.characters != tokenizer.characters:
         return {}
     return {"corpus": training_text(corpus), "bigram": bigram(corpus)}
 
@@ -135,14 +140,15 @@ def training_text(corpus: Corpus) -> str | None:
 
 
 def bigram(corpus: Corpus) -> Facts | None:
-    """Return the 2-gram model of the stage evaluate, or None if it has too many pairs.
+    """Return a 2-gram model like that of the stage evaluate, or None if it has too many pairs.
 
+    It counts the end of a text that is too long for a page.
     The probability of character c after b is that of the pair b * V + c in ``frequencies``, 0 if ``pairs`` lacks it,
     plus backoff[b] * unigram[c].
     """
-    tokenizer, V = corpus.tokenizer, corpus.tokenizer.vocab_size
-    model = NGrams(np.asarray(corpus.train.tokens.numpy(force=True)[-MAX_TRAIN_CHARS:]), V, order=2)
-    if model.order < 2 or len(model.grams[1]) > MAX_PAIRS or tokenizer.vocab_size > MAX_PAIRS:
+    V = corpus.tokenizer.vocab_size
+    model = NGrams(corpus.train.tokens[-MAX_TEXT_BYTES:].numpy(force=True), V, order=2)
+    if model.order < 2 or max(V, len(model.grams[1])) > MAX_PAIRS:
         return None
     labels, pairs = model.grams[0], model.grams[1]  # a pair is labelled by the rank of its first character
     unigram = np.full(V, float(model.distinct[0].backoff[0]) / V)
@@ -190,6 +196,13 @@ def _sampling_of(root: Path | None) -> SampleParams | None:
     if root is not None:
         with suppress(UserError):
             return params.load(root / "params.yaml").sample
+    return None
+
+
+def _corpus_of(root: Path) -> Corpus | None:
+    """Return the corpus of a workspace, or None if there is none that is intact."""
+    with suppress(UserError):
+        return load_corpus(root / "data" / "prepared")
     return None
 
 

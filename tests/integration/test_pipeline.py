@@ -92,6 +92,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
         "results/evaluate/metrics.json", "results/evaluate/positions.csv", "results/evaluate/characters.csv",
         "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
         "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
+        "results/sample/page.html", "results/train/samples.csv",
     ):  # fmt: skip
         assert (folder / name).stat().st_size, name
     with (folder / "results/train/history.csv").open() as file:
@@ -117,7 +118,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     files = {file.path for file in client.list_artifacts(found[0].info.run_id)}
     assert {"model", "sample", "evaluate", "train", "params.yaml", "dvc.lock"} <= files
     drawn = {file.path for file in client.list_artifacts(found[0].info.run_id, "train")}
-    assert drawn == {"train/history.csv", "train/loss.png"}
+    assert drawn == {"train/history.csv", "train/loss.png", "train/samples.csv"}
     shown = {file.path for file in client.list_artifacts(found[0].info.run_id, "evaluate")}
     assert {f"evaluate/{name}" for name in ("evaluation.png", "characters.csv", "metrics.json")} <= shown
     assert run.metrics["evaluate.baselines.6-gram"] == scores["baselines"]["6-gram"]
@@ -176,7 +177,7 @@ def replace(folder, path, old, new):
     [
         ("params.yaml", "temperature: 0.8", "temperature: 0.7", ["sample"]),
         ("minigpt/generation/generator.py", "\nfrom __future__", "\n# a comment\nfrom __future__", ["sample"]),
-        ("params.yaml", "stride: 0", "stride: 3", ["evaluate"]),
+        ("params.yaml", "stride: 0", "stride: 3", ["evaluate", "sample"]),
         ("params.yaml", "n_layer: 2", "n_layer: 1", ["train", "evaluate", "sample"]),
     ],
 )
@@ -189,7 +190,7 @@ def test_change_reruns_the_stages_that_depend_on_it(repository, path, old, new, 
 def test_sampled_training_split_has_a_sampling_error(repository):
     folder, _ = repository
     replace(folder, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
-    assert stages_run(repro(folder)) == ["evaluate"]
+    assert stages_run(repro(folder)) == ["evaluate", "sample"]
     train = json.loads((folder / "results/evaluate/metrics.json").read_text())["train"]
     assert 900 < train["characters"] <= 1024 < train["split_characters"]
     assert 0 < train["sampling_error"] < 0.2
