@@ -38,10 +38,12 @@ function connectDisplay() {
 }
 
 function describe({ models, run = {} }) {
-  const size = models.map((model) => run.parameters ?? model.run?.parameters).filter(Boolean).map((n) => `${whole(n)} parameters`);
-  const source = run.source ?? run.dataset;
-  $("title").textContent = models.map((model) => model.name).join(" and ");
-  $("subtitle").textContent = `A GPT of ${size[0] ?? "unknown size"}${source ? `, trained on ${source}` : ""}. It writes in this page, one character after the other.`;
+  const names = models.map((model) => model.name), { parameters, source } = run;
+  const origin = source ? `, trained on ${source}` : "", size = parameters ? ` of ${whole(parameters)} parameters` : "";
+  $("title").textContent = names.join(" and ");
+  $("subtitle").textContent = names.length > 1
+    ? "Two GPTs that write side by side, in this page, one character after the other."
+    : `A GPT${size}${origin}. It writes in this page, one character after the other.`;
 }
 
 function start() {
@@ -55,7 +57,9 @@ function start() {
   $("tab-training").hidden = !showTraining(facts);
   $("tab-copied").hidden = $("copied-toggle").hidden = !facts.corpus;
   showAbout(desk, pristine);
-  $("underline").addEventListener("change", () => document.body.classList.toggle("no-underline", !$("underline").checked));
+  $("underline").addEventListener("change", () => {
+    document.body.classList.toggle("no-underline", !$("underline").checked);
+  });
 }
 
 function fail(error) {

@@ -18,7 +18,9 @@ from minigpt.model import GPT, Linear
 from minigpt.quantize import WeightDtype, quantize_int8
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("gpt.js", "writer.js", "tools.js", "sheet.js", "write.js", "inspect.js", "views.js", "app.js")
+ENGINE = ("gpt.js", "writer.js")
+INTERFACE = ("tools.js", "sheet.js", "write.js", "panels.js", "inspect.js", "charts.js", "measure.js", "views.js", "app.js")
+SCRIPTS = (*ENGINE, *INTERFACE)
 MAX_BYTES = 50_000_000
 """Largest page: browsers read larger files slowly, and many mail servers reject them."""
 

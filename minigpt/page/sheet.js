@@ -68,7 +68,8 @@ class Sheet {
 
   makeCluster(first, part, parent) {
     const blank = BLANKS[part];
-    const element = el("span", { class: "c", role: "option", "aria-selected": "false", "aria-label": blank && blank[1] });
+    const label = blank && blank[1]; // a screen reader is silent about a blank
+    const element = el("span", { class: "c", role: "option", "aria-selected": "false", "aria-label": label });
     if (first < this.given) element.classList.add("given");
     if (part === "\n") element.classList.add("newline");
     const cluster = { first, count: 0, element, number: this.clusters.length };

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 
-// Return an element. `attributes` starting with "on" are listeners; false and null leave an attribute out.
+// Return an element. Attributes that start with "on" are listeners, and with "--" properties of its style.
 function el(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
@@ -17,9 +17,9 @@ function fill(element, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else if (key.startsWith("--")) element.style.setProperty(key, value);
-    else if (value !== false && value !== null && value !== undefined) element.setAttribute(key, value === true ? "" : value);
+    else if (value !== null && value !== undefined) element.setAttribute(key, value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== false && child !== undefined));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
 }
 
@@ -71,8 +71,15 @@ class Tabs {
 // ------------------------------------------------------------------------------------------------------- numbers
 
 const whole = (n) => n.toLocaleString("en", { maximumFractionDigits: 0 });
-const fixed = (n, digits = 2) => n.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-const percent = (p) => (p >= 0.9995 || p === 0 ? `${whole(p * 100)} %` : p < 0.001 ? "< 0.1 %" : `${fixed(p * 100, p < 0.0995 ? 1 : 0)} %`);
+
+function fixed(n, digits = 2) {
+  return n.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+
+function percent(p) {
+  if (p > 0 && p < 0.001) return "< 0.1 %";
+  return `${p > 0 && p < 0.0995 ? fixed(p * 100, 1) : whole(p * 100)} %`;
+}
 
 function sum(values) {
   let total = 0;
@@ -117,7 +124,7 @@ function ticks(low, high) {
 
 // ------------------------------------------------------------------------------------------------------ characters
 
-const segmenter = typeof Intl.Segmenter === "function" ? new Intl.Segmenter(undefined, { granularity: "grapheme" }) : null;
+const segmenter = Intl.Segmenter && new Intl.Segmenter(undefined, { granularity: "grapheme" });
 
 // Return the parts of a text that the eye sees as one: a letter with its marks, a syllable of Devanagari.
 function graphemes(text) {
@@ -127,7 +134,9 @@ function graphemes(text) {
 
 const codePoint = (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-const BLANKS = { "\n": ["↵", "newline"], " ": ["␣", "space"], "\t": ["⇥", "tab"], "\u00a0": ["⍽", "no-break space"] };
+const BLANKS = {
+  "\n": ["↵", "newline"], " ": ["␣", "space"], "\t": ["⇥", "tab"], "\u00a0": ["⍽", "no-break space"],
+};
 
 // Return a visible form of a character: a sign for a blank, the code point of a control, a dotted circle below a mark.
 function glyph(c) {
@@ -141,15 +150,15 @@ function spoken(c) {
   return BLANKS[c]?.[1] ?? (/^[\p{C}\p{Z}\p{M}]/u.test(c) ? codePoint(c) : `“${c}”`);
 }
 
-const isRightToLeft = (c) => /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u.test(c);
+const isRightToLeft = (c) => /\p{Script=Hebrew}|\p{Script=Arabic}|\p{Script=Syriac}|\p{Script=Thaana}/u.test(c);
 
 // Return a sentence about the characters of a text that a model has never seen; "" if there are none.
 function describeUnknown(text, ids) {
   const unknown = [...new Set(text)].filter((c) => !ids.has(c));
   if (!unknown.length) return "";
-  const named = unknown.slice(0, 6).map((c) => (glyph(c) === codePoint(c) ? codePoint(c) : `${glyph(c)} (${codePoint(c)})`));
+  const name = (c) => (glyph(c) === codePoint(c) ? codePoint(c) : `${glyph(c)} (${codePoint(c)})`);
   const rest = unknown.length > 6 ? ` and ${unknown.length - 6} more` : "";
-  return `${named.join(", ")}${rest}: not in the training text, so the model has no such ${unknown.length > 1 ? "characters" : "character"}.`;
+  return `${unknown.slice(0, 6).map(name).join(", ")}${rest}: unknown to the model, not in its training text.`;
 }
 
 // Return the first character of the context from which character `index` of a text is predicted, by the rules of

@@ -20,15 +20,18 @@ class Model {
   }
 }
 
+// The steps of the arrows are not enforced: any number of digits is allowed.
+const number = (min, max, step = "any") => ({ type: "number", min, max, step });
+
 // The settings: name in params.yaml, label, hint, attributes of the input.
 const FIELDS = [
-  ["temperature", "Temperature", "divides the logits; 0: always the likeliest", { type: "number", min: 0, max: 5, step: 0.05 }],
-  ["top_k", "Top-k", "keep the k likeliest; 0: all", { type: "number", min: 0, step: 1 }],
-  ["top_p", "Top-p", "keep the likeliest up to this sum; 1: all", { type: "number", min: 0.01, max: 1, step: 0.01 }],
-  ["min_p", "Min-p", "keep those as likely as this share of the likeliest", { type: "number", min: 0, max: 1, step: 0.01 }],
-  ["repetition_penalty", "Repetition penalty", "of characters in the context; 1: off", { type: "number", min: 0.1, max: 5, step: 0.05 }],
+  ["temperature", "Temperature", "divides the logits; 0: always the likeliest", number(0, 5)],
+  ["top_k", "Top-k", "keep the k likeliest; 0: all", number(0, null, 1)],
+  ["top_p", "Top-p", "keep the likeliest up to this sum; 1: all", number(0.01, 1)],
+  ["min_p", "Min-p", "keep those as likely as this share of the likeliest", number(0, 1)],
+  ["repetition_penalty", "Repetition penalty", "of characters in the context; 1: off", number(0.1, 5)],
   ["seed", "Seed", "the same seed writes the same text", { type: "text", inputmode: "numeric", pattern: "[0-9]+" }],
-  ["max_new_tokens", "Length", "characters to write", { type: "number", min: 1, max: 100000, step: 1 }],
+  ["max_new_tokens", "Length", "characters to write", number(1, 100000, 1)],
   ["stop", "Stop text", "ends the text; \\n is a new line, | separates several", { type: "text", spellcheck: "false" }],
 ];
 
@@ -55,7 +58,8 @@ class Settings {
     this.inputs.overflow = el("select", { id: "set-overflow", "aria-describedby": "hint-overflow" },
       options.map(([value, label]) => el("option", { value }, label)));
     this.addField("overflow", "Full context", "what the model does then");
-    $("presets").append(...Object.keys(PRESETS).map((name) => el("button", { type: "button", class: "chip", onclick: () => this.set(PRESETS[name], name) }, name)));
+    $("presets").append(...Object.entries(PRESETS).map(([name, values]) =>
+      el("button", { type: "button", class: "chip", onclick: () => this.set(values, name) }, name)));
     $("fields").addEventListener("input", () => this.changed());
     this.set({});
   }
@@ -65,7 +69,7 @@ class Settings {
       el("span", { class: "hint", id: `hint-${name}` }, hint)));
   }
 
-  // Set values; those not given are the defaults. A preset keeps what is no matter of taste.
+  // Set values; those not given are the defaults. A preset keeps the seed, the length and the like.
   set(values, preset = "") {
     const kept = preset in PRESETS && preset !== "As configured" ? ["seed", "max_new_tokens", "stop", "overflow"] : [];
     for (const [name, input] of Object.entries(this.inputs)) {
@@ -80,11 +84,13 @@ class Settings {
     const now = this.values;
     for (const chip of $("presets").children) {
       const preset = { ...this.defaults, ...PRESETS[chip.textContent] };
-      const same = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"].every((name) => preset[name] === now[name]);
+      const same = Object.keys(PRESETS.Likeliest).every((name) => preset[name] === now[name]);
       chip.setAttribute("aria-pressed", String(same));
     }
-    const parts = [`temperature ${now.temperature}`, now.top_k && `top-k ${now.top_k}`, now.top_p < 1 && `top-p ${now.top_p}`,
-      now.min_p && `min-p ${now.min_p}`, `seed ${now.seed}`, `${whole(now.max_new_tokens)} characters`];
+    const parts = [
+      `temperature ${now.temperature}`, now.top_k && `top-k ${now.top_k}`, now.top_p < 1 && `top-p ${now.top_p}`,
+      now.min_p && `min-p ${now.min_p}`, `seed ${now.seed}`, `${whole(now.max_new_tokens)} characters`,
+    ];
     $("settings-summary").textContent = parts.filter(Boolean).join(" · ");
     this.onChange();
   }
@@ -249,8 +255,8 @@ class Desk {
     } finally {
       this.running = null;
       running.end();
-      const seconds = (performance.now() - running.begin) / 1000, written = sum(pens.map(({ sheet, first }) => sheet.length - first));
-      this.speed = written / seconds;
+      const written = sum(pens.map(({ sheet, first }) => sheet.length - first));
+      this.speed = (1000 * written) / (performance.now() - running.begin);
       this.finish(`${whole(written)} characters written.`);
     }
   }
@@ -293,8 +299,11 @@ class Desk {
     for (const sheet of this.sheets) {
       const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
       const validation = (sheet.model.facts.val_loss ?? this.facts.run?.val_loss) / Math.LN2;
-      const parts = [`${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
-        validation && `validation text ${fixed(validation)}`, !this.running && this.speed && `${whole(this.speed)} characters/s`];
+      const parts = [
+        `${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
+        validation && `validation text ${fixed(validation)}`,
+        !this.running && this.speed && `${whole(this.speed)} characters/s`,
+      ];
       sheet.stats.textContent = sheet.length ? parts.filter(Boolean).join(" · ") : "";
     }
   }
