@@ -64,10 +64,7 @@ class Measure {
     this.sheet.text.id = "measured-text";
     const text = $("measure-text");
     text.addEventListener("input", () => this.check());
-    $("measure-form").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.measure();
-    });
+    onPress($("measure"), () => this.measure());
     onPress($("measure-written"), () => {
       text.value = desk.sheets[0].string();
       this.measure();
@@ -175,7 +172,7 @@ class Measure {
     await this.desk.stop();
     this.desk.remember();
     target.select(-1);
-    target.restore({ ...this.sheet.snapshot(), given: this.sheet.length, promptLength: this.sheet.length });
+    target.restore({ ...this.sheet.snapshot(), given: 0, promptLength: this.sheet.length });
     target.writer = null;
     this.show("write");
     this.desk.finish("The measured text is in the view Write.");

@@ -123,10 +123,8 @@ class Desk {
 
   connect() {
     const prompt = $("prompt");
-    $("composer").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.write();
-    });
+    // Not a form: a frame that only allows scripts, such as MLflow's, blocks its submission.
+    onPress($("write"), () => this.write());
     prompt.addEventListener("input", () => this.checkPrompt());
     document.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("view-write").hidden) this.write();
