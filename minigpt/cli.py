@@ -189,7 +189,10 @@ def show(texts: Iterable[str]) -> None:
     help="format of the weights; auto: float32 up to 1M parameters, bfloat16 up to 5M, int8 above",
 )  # fmt: skip
 def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
-    """Make a web page that contains a model and writes with it, in one file that needs no network.
+    """Make a web page that contains a model and writes text.
+
+    The page is one file. It needs no network and no server. If --model is models/gpt of a workspace, the page also
+    shows the results and the text of that training.
 
     \b
     minigpt page --output songs.html

@@ -31,8 +31,8 @@ PageDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 Facts = dict[str, Any]
 
-# "<" could close the element of the facts or open a comment. The others are no characters (surrogates), or some
-# browsers and editors change them.
+# "<" could close the element of the facts or open a comment. UTF-8 cannot encode surrogates. Browsers or editors may
+# change the others.
 _UNSAFE = re.compile("[<>&\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 

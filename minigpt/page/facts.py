@@ -1,4 +1,4 @@
-"""The facts of a page: a model, and what the outputs of the stages tell about it."""
+"""The facts of a page: its models, and the results of the stages that made them."""
 
 import csv
 import json

@@ -202,7 +202,7 @@ class GPT {
     return embd_norm ? layerNorm(x) : x;
   }
 
-  // Return the output of attention in block n for x, (C,): a mixture of what the visible characters have to tell.
+  // Return the output of attention in block n for x, (C,): a weighted mean of the values of the visible characters.
   attend(n, x, cache, probe) {
     const { n_head: H, head_size: S, qk_norm, positions } = this.config;
     const width = H * S, keys = cache.keys[n], values = cache.values[n], slot = cache.used;

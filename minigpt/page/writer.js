@@ -87,7 +87,7 @@ class Writer {
     this.cache.clear();
   }
 
-  // Write a character: its id, its text, the logits of the model and the probabilities that it was drawn from.
+  // Write a character, and return its id and text, the logits of the model, and the distribution of the draw.
   next() {
     const { sampling, ids } = this, context = this.gpt.config.block_size;
     const logits = this.read();
