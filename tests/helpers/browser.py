@@ -58,4 +58,4 @@ def select(tab, index, panel="candidates"):
     """Select a character and show a panel about it."""
     tab.evaluate("(index) => desk.sheets[0].select(index)", index)
     tab.click(f"#tab-{panel}")
-    tab.wait_for_selector(f"#panel-{panel} > :not(.slider) *")
+    tab.wait_for_selector("#candidates > *" if panel == "candidates" else f"#panel-{panel} > *")
