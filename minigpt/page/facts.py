@@ -112,7 +112,7 @@ def describe_training(results: Path) -> Facts:
     tables = {
         "history": (results / "train" / "history.csv", ("step", "train_loss", "val_loss")),
         "samples": (results / "train" / "samples.csv", ("step", "prompt", "text")),
-        "positions": (results / "evaluate" / "positions.csv", ("position", "loss", "count")),
+        "positions": (results / "evaluate" / "positions.csv", ("position", "loss")),
     }
     facts = {}
     for name, (path, columns) in tables.items():
@@ -164,7 +164,7 @@ def bigram(corpus: Corpus) -> Facts | None:
 
 
 def _rounded(values: Any) -> list[float]:
-    """Return numbers with six significant digits."""
+    """Return numbers with six significant digits: all digits would take 100 KB in a page."""
     return [float(f"{value:.6g}") for value in values]
 
 
@@ -216,9 +216,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _number(text: str) -> Any:
-    """Return a cell of a table as a number if it is finite, else as it is; an empty one as None."""
+    """Return a cell of a table as a number with six significant digits; None if it is empty or not finite."""
     try:
         value = float(text)
     except ValueError:
         return text or None
-    return None if not math.isfinite(value) else int(value) if value.is_integer() else value
+    return None if not math.isfinite(value) else int(value) if value.is_integer() else _rounded([value])[0]
