@@ -51,7 +51,7 @@ function lineKey(names) {
   return el("p", { class: "key" }, names.map((name, n) => el("span", {}, stroke(n), name)));
 }
 
-// Return bars to compare bits per character: [name, bits, whether the row stands out].
+// Return bars to compare bits per character: [name, bits, whether to emphasize the row].
 function barChart(rows) {
   const top = Math.max(...rows.map(([, value]) => value));
   return el("dl", { class: "compare" }, rows.map(([name, value, own]) => el("div", { class: own ? "own" : "" },

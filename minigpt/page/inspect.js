@@ -323,7 +323,10 @@ class Inspector {
   async findCopied() {
     const { corpus } = this.desk.facts, turn = ++this.copiedTurn, slices = new Slices();
     if (!corpus) return;
-    for (const sheet of this.desk.sheets) {
+    // The text is that of the first model. Another one has read the same text if it knows the same characters.
+    const [{ model }] = this.desk.sheets, known = String(model.characters);
+    const sheets = this.desk.sheets.filter((sheet) => sheet.length && String(sheet.model.characters) === known);
+    for (const sheet of sheets) {
       const text = sheet.string(sheet.given), places = []; // the character that each UTF-16 unit belongs to
       for (let i = sheet.given; i < sheet.length; i++) places.push(...Array(sheet.character(i).length).fill(i));
       const runs = [];
@@ -336,8 +339,7 @@ class Inspector {
       }
       sheet.underline(runs);
     }
-    const several = this.desk.sheets.length > 1, written = this.desk.sheets.filter((sheet) => sheet.length);
-    $("panel-copied").replaceChildren(...written.flatMap((sheet) => [
-      several ? el("h3", { class: "label" }, sheet.model.name) : "", copiedList(sheet, corpus)].flat()));
+    const heading = (sheet) => (sheets.length > 1 ? el("h3", { class: "label" }, sheet.model.name) : "");
+    $("panel-copied").replaceChildren(...sheets.flatMap((sheet) => [heading(sheet), copiedList(sheet, corpus)].flat()));
   }
 }

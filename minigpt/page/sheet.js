@@ -1,7 +1,7 @@
 "use strict";
 // A text on the page, one element for each grapheme: it grows, is shaded, and lets a reader select a character.
 
-// Keep the logits of at most so many numbers. Those of later characters are computed again when they are selected.
+// Largest number of logits that a sheet keeps. Later characters are computed again when they are selected.
 const MAX_STORED_LOGITS = 1 << 23;
 
 class Sheet {

@@ -124,7 +124,7 @@ function ticks(low, high) {
 
 // ------------------------------------------------------------------------------------------------------ characters
 
-const segmenter = Intl.Segmenter && new Intl.Segmenter(undefined, { granularity: "grapheme" });
+const segmenter = globalThis.Intl?.Segmenter && new Intl.Segmenter(undefined, { granularity: "grapheme" });
 
 // Return the parts of a text that the eye sees as one: a letter with its marks, a syllable of Devanagari.
 function graphemes(text) {

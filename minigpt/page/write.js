@@ -57,7 +57,7 @@ class Settings {
     const options = Object.entries(OVERFLOWS).filter(([name]) => canRoll || name !== "roll");
     this.inputs.overflow = el("select", { id: "set-overflow", "aria-describedby": "hint-overflow" },
       options.map(([value, label]) => el("option", { value }, label)));
-    this.addField("overflow", "Full context", "what the model does then");
+    this.addField("overflow", "Full context", "when the context has no room left");
     $("presets").append(...Object.entries(PRESETS).map(([name, values]) =>
       el("button", { type: "button", class: "chip", onclick: () => this.set(values, name) }, name)));
     $("fields").addEventListener("input", () => this.changed());
@@ -298,7 +298,7 @@ class Desk {
   showStats() {
     for (const sheet of this.sheets) {
       const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
-      const validation = (sheet.model.facts.val_loss ?? this.facts.run?.val_loss) / Math.LN2;
+      const validation = sheet.model.facts.run?.val_loss / Math.LN2;
       const parts = [
         `${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
         validation && `validation text ${fixed(validation)}`,

@@ -1,4 +1,4 @@
-"""The web page in a browser: what it writes, what it shows of the model, and that everybody can use it."""
+"""The web page in a browser: its text, its figures, and its accessibility."""
 
 import csv
 import math
@@ -227,12 +227,15 @@ def test_measured_loss_is_that_of_the_model(tab, loaded, songs):
 
 
 def test_slider_shows_the_evaluations_of_the_training(tab, trained):
-    with (trained / "results/train/history.csv").open(encoding="utf-8") as file:
-        history = list(csv.DictReader(file))
+    history, samples = (
+        list(csv.DictReader((trained / f"results/train/{name}.csv").open(encoding="utf-8", newline="")))
+        for name in ("history", "samples")
+    )
     tab.click("#tab-training")
     tab.focus("#evaluation")
     tab.keyboard.press("Home")
     assert "After step 0:" in tab.inner_text("#view-training")
+    assert tab.text_content("#view-training .text") == samples[0]["prompt"] + samples[0]["text"]
     tab.keyboard.press("ArrowRight")
     shown = tab.get_attribute("#evaluation", "aria-valuetext")
     assert f"step {history[1]['step']}," in shown
