@@ -19,7 +19,17 @@ from minigpt.quantize import WeightDtype, quantize_int8
 
 FOLDER = Path(__file__).parent
 ENGINE = ("gpt.js", "writer.js")
-INTERFACE = ("tools.js", "sheet.js", "write.js", "panels.js", "inspect.js", "charts.js", "measure.js", "views.js", "app.js")
+INTERFACE = (
+    "tools.js",
+    "sheet.js",
+    "write.js",
+    "panels.js",
+    "inspect.js",
+    "charts.js",
+    "measure.js",
+    "views.js",
+    "app.js",
+)
 SCRIPTS = (*ENGINE, *INTERFACE)
 MAX_BYTES = 50_000_000
 """Largest page: browsers read larger files slowly, and many mail servers reject them."""
