@@ -278,8 +278,9 @@ function decodeBase64(text) {
 // Return the checksum Adler-32 (RFC 1950) of bytes.
 function adler32(bytes) {
   let a = 1, b = 0;
-  for (let start = 0; start < bytes.length; start += 3800) { // the most for which b stays below 2 ** 32
-    for (const byte of bytes.subarray(start, start + 3800)) b += a += byte;
+  for (let i = 0; i < bytes.length; ) {
+    const end = Math.min(i + 3800, bytes.length); // with more bytes, b could reach 2 ** 31: slower integers
+    for (; i < end; i++) b += a += bytes[i];
     a %= 65521;
     b %= 65521;
   }
@@ -292,11 +293,15 @@ function readTensor({ shape, dtype, offset, scales_offset }, bytes) {
   const floats = (from, count) => new Float32Array(bytes.slice(from, from + 4 * count).buffer);
   if (dtype === "float32") return floats(offset, size);
   if (dtype === "bfloat16") { // the upper half of a float32
-    const halves = new Uint16Array(bytes.slice(offset, offset + 2 * size).buffer);
-    return new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer);
+    const halves = new Uint16Array(bytes.slice(offset, offset + 2 * size).buffer), bits = new Uint32Array(size);
+    for (let i = 0; i < size; i++) bits[i] = halves[i] << 16;
+    return new Float32Array(bits.buffer);
   }
   if (dtype !== "int8") throw new Error(`the number format ${dtype} is not implemented in this page`);
-  const integers = new Int8Array(bytes.buffer, bytes.byteOffset + offset, size);
-  const scales = floats(scales_offset, shape[0]), inputs = size / shape[0];
-  return Float32Array.from(integers, (integer, i) => integer * scales[Math.floor(i / inputs)]);
+  const integers = new Int8Array(bytes.buffer, bytes.byteOffset + offset, size), values = new Float32Array(size);
+  const rows = shape[0], inputs = size / rows, scales = floats(scales_offset, rows);
+  for (let row = 0, i = 0; row < rows; row++) {
+    for (const end = i + inputs; i < end; i++) values[i] = integers[i] * scales[row];
+  }
+  return values;
 }

@@ -97,6 +97,7 @@ def test_resume_is_bitwise_identical(corpus, tmp_path, variant, stop):
     assert resumed.state.resumed_at == [stopped.state.step]
     assert digest(result.weights) == digest(uninterrupted.weights)
     assert result.history == uninterrupted.history
+    assert result.samples == uninterrupted.samples
 
 
 def test_public_steps_do_what_run_does(corpus, tmp_path):
