@@ -167,8 +167,8 @@ class Desk {
     await this.stop();
     this.remember();
     for (const sheet of this.sheets) {
-      sheet.select(-1);
       sheet.clear();
+      sheet.select(-1); // after clear(), because it sets the shading of the new text
       const ids = sheet.model.encode(this.prompt);
       sheet.promptLength = sheet.given = ids.length;
       for (const id of ids) sheet.append(id);

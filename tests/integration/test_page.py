@@ -94,7 +94,7 @@ def test_text_can_be_stopped_continued_and_undone(tab, songs):
     tab.fill("#prompt", songs[:3])
     tab.evaluate("desk.settings.set({ ...desk.settings.values, max_new_tokens: 100000 })")
     tab.keyboard.press("Control+Enter")
-    tab.wait_for_selector("body.writing .c >> nth=20")
+    tab.wait_for_selector("body.writing .c[style*='--s'] >> nth=20")
     tab.click("#stop")
     stopped = finish(tab)
     assert stopped.startswith(songs[:3]) and len(stopped) > 20
