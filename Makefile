@@ -2,7 +2,7 @@
 # make help       list the targets
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test test-slow test-all coverage torture bench lint format shakespeare ui sync dagshub clean
+.PHONY: all help setup test test-slow test-all coverage torture bench lint format shakespeare page ui sync dagshub clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -79,6 +79,9 @@ data/shakespeare.txt: | $(VENV)/installed
 	  echo "minigpt: cannot download Tiny Shakespeare from a DVC remote or from $$(grep -oE 'https?://[^ ]*' $@.dvc)"; \
 	  echo "minigpt: add a DVC remote that has it (dvc remote add --local --default NAME URL), or save the text as"; \
 	  echo "minigpt: data/input.txt, run minigpt profile shakespeare-cpu && dvc exp run -S data.source=data/input.txt"; exit 1; } >&2
+
+page: $(VENV)/installed  ## open the web page that contains the model
+	@python -c 'import pathlib, sys, webbrowser; page = pathlib.Path("results/sample/page.html").resolve(); page.exists() or sys.exit("minigpt: no page yet; run make"); webbrowser.open(page.as_uri()) or print(page)'
 
 ui: $(VENV)/installed  ## start MLflow with the runs of this repository
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import generation, pipeline, training  # noqa: F401 - each enters its contenders
+from benchmarks import browser, generation, pipeline, training  # noqa: F401 - each enters its contenders
 from benchmarks.common import MEASURES, ROOT, SETTLED, NotMeasuredError
 from minigpt.runtime import cpu
 

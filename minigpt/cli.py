@@ -213,6 +213,31 @@ def show(texts: Iterable[str]) -> None:
 
 
 @cli.command()
+@click.option("--model", type=FilePath, default=MODEL, show_default=True, help="folder of the exported model")
+@click.option("--compare", type=FilePath, help="folder of a second model, shown next to the first")
+@click.option("--output", type=FilePath, default=RESULTS / "page.html", show_default=True, help="the page")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto", show_default=True,
+    help="format of the weights; auto: float32 up to 1M parameters, bfloat16 up to 5M, int8 above",
+)  # fmt: skip
+def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
+    """Make a web page that contains a model and writes text.
+
+    The page is one file. It needs no network and no server. If --model is models/gpt of a workspace, the page also
+    shows the results and the text of that training.
+
+    \b
+    minigpt page --output songs.html
+    minigpt page --compare ../other/models/gpt
+    """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
+    from minigpt.page.facts import PageModel, build_page
+
+    models = [PageModel.load(folder) for folder in (model, compare) if folder]
+    size = build_page(models, output, dtype=dtype)
+    print(f"minigpt: {output}, {size / 1e6:.1f} MB; open it in a browser")
+
+
+@cli.command()
 @click.argument("files", nargs=-1, type=FilePath)
 def check(files: tuple[Path, ...]) -> None:
     """Validate FILES, by default params.yaml. Valid files print nothing.

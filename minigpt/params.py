@@ -120,6 +120,8 @@ class TrainParams(Section):
     eval_interval: Count
     eval_chars: Count
     patience: CountOrZero
+    sample_interval: CountOrZero
+    sample_chars: CountOrZero
 
     @field_validator("grad_accum", "processes")
     @classmethod

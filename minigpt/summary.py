@@ -61,6 +61,7 @@ def _summary(model: Path, results: Path) -> str:
 
   model     {model}/
   sample    {results}/sample/samples.txt
+  page      {results}/sample/page.html: the model in a web page (make page)
   metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
   charts    dvc plots show
   runs      {"mlflow.db" if local else uri}

@@ -1,6 +1,7 @@
-"""Write text with the trained model, and measure how much of it is copied from the training text.
+"""Write text with the trained model, measure how much of it is copied, and make a web page that writes such text.
 
-python -m stages.sample        models/gpt, data/prepared -> results/sample/{samples.txt,memorised.csv,metrics.json}
+python -m stages.sample        models/gpt, data/prepared, results/{train,evaluate}
+                               -> results/sample/{samples.txt,memorised.csv,metrics.json,page.html}
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def main() -> None:
     from minigpt.data.dataset import load_corpus
     from minigpt.evaluation import memorization
     from minigpt.generation.generator import Generator
+    from minigpt.page.facts import PageModel, build_page
     from minigpt.runtime.device import choose_device
     from minigpt.tracking.run import tracker_of_model
 
@@ -34,13 +36,18 @@ def main() -> None:
         for number, text in enumerate(generator.generate(prompt, sampling, sampling.num_samples, name), 1):
             sections.append(f"===== prompt {prompt!r}, sample {number} =====\n{text}\n")
             pairs.append((prompt, text))
-    rows, metrics = memorization.compare(pairs, load_corpus(PREPARED))
+    corpus = load_corpus(PREPARED)
+    rows, metrics = memorization.compare(pairs, corpus)
 
     samples = RESULTS / "sample" / "samples.txt"
     with atomic_directory(samples.parent) as folder:
         (folder / samples.name).write_text("\n".join(sections), encoding="utf-8")
         write_csv(folder / "memorised.csv", rows)
         write_json(folder / "metrics.json", metrics)
+        try:
+            build_page([PageModel.load(MODEL)], folder / "page.html", sampling=sampling, corpus=corpus)
+        except errors.UserError as error:  # the model is too large
+            print(f"minigpt: no page: {error}")
     print(f"minigpt: {len(sections)} texts of at most {sampling.max_new_tokens:,} characters in {samples}")
     print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
     tracker.journal.artifact(samples.parent)

@@ -1,6 +1,7 @@
 """Train a GPT on the prepared tokens, as one MLflow run.
 
-    python -m stages.train        data/prepared -> models/gpt, results/train/{history.csv,metrics.json,run.json}
+    python -m stages.train        data/prepared
+                                  -> models/gpt, results/train/{history.csv,samples.csv,metrics.json,run.json}
     torchrun --nproc-per-node 2 -m stages.train
 
 If train.processes > 1, the first command starts that number of processes. A training that was killed resumes from its
@@ -62,7 +63,7 @@ def main() -> None:
                     print(f"minigpt: {trainer.describe()}; {run}")
                     result = trainer.run()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
-                    write_results(result, tracker.journal.key)
+                    write_results(result, tracker.describe() | {"source": settings.data.source})
                     record(result, tracker, settings.data.source)
                     tracker.end("FINISHED", trainer.state.resumed_at)
                 except BaseException as error:
@@ -74,12 +75,14 @@ def main() -> None:
             checkpoints.remove()
 
 
-def write_results(result: TrainResult, run_key: str) -> None:
-    """Write history and metrics, and the key of the run for the later stages."""
+def write_results(result: TrainResult, run: dict[str, str | None]) -> None:
+    """Write history, samples and metrics, and ``run``, which names the run for the later stages."""
     with atomic_directory(RESULTS / "train") as folder:
         write_csv(folder / "history.csv", result.history)
+        if result.samples:
+            write_csv(folder / "samples.csv", result.samples)
         write_json(folder / "metrics.json", result.metrics)
-        write_json(folder / "run.json", {"run": run_key})
+        write_json(folder / "run.json", run)
 
 
 def check_decoder(device: torch.device) -> None:

@@ -60,7 +60,7 @@ def discounts(counts: Ids) -> Floats:
 
 
 class NGrams:
-    """Interpolated n-gram models of every order from 1 to ORDER, counted in one pass.
+    """Interpolated n-gram models of every order from 1 to ``order``, counted in one pass.
 
     The smoothing is that of Kneser and Ney (1995), interpolated, with three discounts (Chen and Goodman 1999). The
     longest n-grams of a model have their counts. The shorter ones that it falls back to have the number of distinct
@@ -71,9 +71,9 @@ class NGrams:
     the last character, so that a key fits in 64 bits with any vocabulary.
     """
 
-    def __init__(self, tokens: Ids, vocab_size: int) -> None:
+    def __init__(self, tokens: Ids, vocab_size: int, order: int = ORDER) -> None:
         self.vocab_size = vocab_size
-        self.order = min(ORDER, len(tokens))
+        self.order = min(order, len(tokens))
         self.grams: list[Ids] = []
         self.raw: list[Discounted] = []
         self.distinct: list[Discounted] = []

@@ -3,21 +3,25 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigpt.errors import UserError
-from minigpt.files import read_run_key
+from minigpt.files import read_run_key, write_csv
 from minigpt.params import Params, flatten
 from minigpt.tracking.background import BackgroundUploader
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import describe_error, resolve_tracking_uri
 from minigpt.tracking.system_metrics import Monitor, describe_device
 from minigpt.tracking.uploader import Uploader
+
+COMMIT_TAG = "mlflow.source.git.commit"
 
 
 class Tracker:
@@ -51,6 +55,26 @@ class Tracker:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
         self.journal.metrics(step, values)
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Record the samples written so far during a training, as a table."""
+        with tempfile.TemporaryDirectory() as temporary:
+            table = Path(temporary) / "samples.csv"
+            write_csv(table, rows)
+            self.journal.artifact(table, "train")
+
+    def describe(self) -> dict[str, str | None]:
+        """Return the key, name, git commit and start of the run, for files that outlive the journal."""
+        records = self.journal.records()
+        names = [record["name"] for record in records if record["kind"] == "name"]
+        tags = [record["values"] for record in records if record["kind"] == "tags"]
+        started = datetime.fromtimestamp(records[0]["time"] / 1000, timezone.utc) if records else None
+        return {
+            "run": self.journal.key,
+            "name": names[0] if names else None,
+            "commit": next((values[COMMIT_TAG] for values in tags if COMMIT_TAG in values), None),
+            "date": started.isoformat(timespec="seconds") if started else None,
+        }
 
     def end(self, status: str, resumed_at: list[int]) -> None:
         """Record the end of a training, and the steps after which it was resumed; upload the remaining records."""
@@ -143,4 +167,4 @@ def provenance() -> dict[str, str]:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return {"git": "none"} | tags
-    return {"mlflow.source.git.commit": commit.stdout.strip()} | tags
+    return {COMMIT_TAG: commit.stdout.strip()} | tags

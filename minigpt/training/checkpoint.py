@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -31,8 +32,9 @@ from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 TRAINING_CODE = (  # what training imports of the library: the same as in the dependencies of the stage train
-    "training", "evaluation/loss.py", "data", "runtime/cpu.py", "runtime/device.py", "runtime/distributed.py",
-    "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py", "files.py",
+    "training", "evaluation/loss.py", "generation/sampling.py", "data", "runtime/cpu.py", "runtime/device.py",
+    "runtime/distributed.py", "export.py", "model.py", "cache.py", "ops.py", "params.py", "choices.py", "errors.py",
+    "files.py",
 )  # fmt: skip
 
 
@@ -62,6 +64,7 @@ class TrainState:
     train_seconds: float = 0.0  # without evaluations and checkpoints
     resumed_at: list[int] = field(default_factory=list)  # steps after which the training was resumed
     history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
+    samples: list[dict[str, Any]] = field(default_factory=list)  # step, prompt and text of each sample
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
 from minigpt.training.memory import check_memory
 from minigpt.training.optimizer import Optimizers, learning_rate
+from minigpt.training.samples import indented, usable_prompt, write_sample
 
 COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
 TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
@@ -36,16 +37,20 @@ class Observer(Protocol):
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step. A resumed training repeats the steps after its checkpoint."""
 
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Record the samples written so far."""
+
     def upload(self) -> None:
         """Flush the recorded metrics to the disk and start to upload them. Training time is not counted."""
 
 
 @dataclass
 class TrainResult:
-    """Weights of the step with the lowest validation loss, one row of history per evaluation, and final metrics."""
+    """Weights of the step with the lowest validation loss, rows of history and samples, and final metrics."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
+    samples: list[dict[str, Any]]
     metrics: dict[str, float]
 
 
@@ -81,6 +86,7 @@ class Trainer:
         self.logits: Callable[[Tensor], Tensor] = self.parallel
         self.optimizers = Optimizers(self.model, self.train, self.model.compute_dtype or torch.float32)
         self.found_inf = torch.zeros((), device=group.device)
+        self.prompt = usable_prompt(corpus.tokenizer, params.sample.prompts[0])
         self.best: dict[str, Tensor] = {}  # weights with the lowest validation loss so far
         self.state, self.clock = TrainState(), Stopwatch(0.0)
         self._losses: list[float] = []
@@ -107,10 +113,14 @@ class Trainer:
             # One round more than there are steps: the last round only evaluates.
             for step in range(state.step, train.max_iters + 1):
                 last = step == train.max_iters
-                if last or step % train.eval_interval == 0:
+                evaluated = last or step % train.eval_interval == 0
+                if evaluated:
                     self._read(scalars.pop())
                     with self.clock.paused():
                         self.evaluate(step)
+                if last or (step % train.sample_interval == 0 if train.sample_interval else evaluated):
+                    with self.clock.paused():
+                        self.write_sample(step)
                 if last or (train.patience and state.evaluations_since_best >= train.patience):
                     break
                 total = self._read(scalars.push(step, self.train_step(step, control.request)))
@@ -133,7 +143,7 @@ class Trainer:
             if stopped := control.interruption(state.step):
                 raise stopped
         weights = {name: full_tensor(value) for name, value in self.best.items()}
-        return TrainResult(weights, state.history, self._metrics())
+        return TrainResult(weights, state.history, state.samples, self._metrics())
 
     def describe(self) -> str:
         """Return one line on the model, the device and the length of the training."""
@@ -225,6 +235,23 @@ class Trainer:
         if self.group.is_main:
             best = "   best" if better else ""
             tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{best}")
+
+    def write_sample(self, step: int) -> None:
+        """Write a sample with the weights of this step, and report it. Nothing that training reads is changed."""
+        model, group, samples, train = self.model, self.group, self.state.samples, self.train
+        if not train.sample_chars or (samples and samples[-1]["step"] >= step) or not (group.is_main or group.sharded):
+            return
+        tokenizer, dtype = self.corpus.tokenizer, model.compute_dtype
+        if not group.sharded:
+            model.compute_dtype = None  # float32 weights are faster than casting each weight for one character
+        ids = write_sample(model, tokenizer.encode(self.prompt).tolist(), train.sample_chars, train.seed)
+        model.compute_dtype = dtype
+        samples.append({"step": step, "prompt": self.prompt, "text": tokenizer.decode(ids)})
+        if self.observer:
+            self.observer.samples(samples)
+            self.observer.upload()
+        if group.is_main:
+            tqdm.write(indented(samples[-1]["text"]))
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last step."""

@@ -21,7 +21,14 @@ SHAKESPEARE = next(
 )
 SMALL = {
     "model": {"n_layer": 2, "n_head": 2, "head_size": 8, "n_embd": 20, "block_size": 16},
-    "train": {"max_iters": 12, "batch_size": 4, "eval_interval": 5, "eval_chars": 2000, "device": "cpu"},
+    "train": {
+        "max_iters": 12,
+        "batch_size": 4,
+        "eval_interval": 5,
+        "eval_chars": 2000,
+        "sample_chars": 20,
+        "device": "cpu",
+    },
     "sample": {"max_new_tokens": 40},
 }
 """Changes to params.yaml for a model that trains in a second."""

@@ -98,6 +98,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
         "results/evaluate/metrics.json", "results/evaluate/positions.csv", "results/evaluate/characters.csv",
         "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
         "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
+        "results/sample/page.html", "results/train/samples.csv",
     ):  # fmt: skip
         assert (folder / name).stat().st_size, name
     with (folder / "results/train/history.csv").open() as file:
@@ -123,7 +124,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     files = {file.path for file in client.list_artifacts(found[0].info.run_id)}
     assert {"model", "sample", "evaluate", "train", "params.yaml", "dvc.lock"} <= files
     drawn = {file.path for file in client.list_artifacts(found[0].info.run_id, "train")}
-    assert drawn == {"train/history.csv", "train/loss.png"}
+    assert drawn == {"train/history.csv", "train/loss.png", "train/samples.csv"}
     shown = {file.path for file in client.list_artifacts(found[0].info.run_id, "evaluate")}
     assert {f"evaluate/{name}" for name in ("evaluation.png", "characters.csv", "metrics.json")} <= shown
     assert run.metrics["evaluate.baselines.6-gram"] == scores["baselines"]["6-gram"]
@@ -210,7 +211,7 @@ def test_dvc_status_reports_edits_of_files_that_training_imports(repository, nam
 
 def test_sampled_training_split_has_a_sampling_error(copy):
     replace(copy, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
-    assert stages_run(repro(copy)) == ["evaluate"]
+    assert stages_run(repro(copy)) == ["evaluate", "sample"]
     train = json.loads((copy / "results/evaluate/metrics.json").read_text())["train"]
     assert 900 < train["characters"] <= 1024 < train["split_characters"]
     assert 0 < train["sampling_error"] < 0.2

@@ -21,7 +21,7 @@ from minigpt.model import GPT
 from minigpt.params import SamplingParams, load
 
 ENVIRONMENT = os.environ | {"MINIGPT_CPU": "off", "OMP_NUM_THREADS": "1"}
-COMMANDS = ["check", "dagshub", "plots-page", "profile", "summary", "sync", "write"]
+COMMANDS = ["check", "dagshub", "page", "plots-page", "profile", "summary", "sync", "write"]
 
 
 def minigpt(*arguments, cwd=ROOT, **variables):
@@ -330,3 +330,33 @@ def test_make_does_not_run_shell_text_in_repo(tmp_path):
         assert f"expected user/repo, got {repo!r}" in ran.stderr
         assert ran.returncode != 0
         assert not {path.name for path in tmp_path.iterdir()} & {"made", "shell", "quoted", "substituted"}
+
+
+def test_page_contains_one_model_or_two(exported, tmp_path):
+    output = tmp_path / "new" / "page.html"
+    ran = minigpt("page", "--model", exported, "--output", output)
+    assert ran.stdout == f"minigpt: {output}, {output.stat().st_size / 1e6:.1f} MB; open it in a browser\n"
+    assert output.read_text(encoding="utf-8").count('<script type="text/plain"') == 1
+    assert minigpt("page", "--model", exported, "--compare", exported, "--output", output).returncode == 0
+    assert output.read_text(encoding="utf-8").count('<script type="text/plain"') == 2
+
+
+def test_page_reports_a_missing_model_and_a_wrong_dtype(exported, tmp_path):
+    ran = minigpt("page", "--model", tmp_path / "gpt")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"minigpt: {tmp_path / 'gpt'}: no such model; train one with")
+    ran = minigpt("page", "--model", exported, "--dtype", "int4")
+    assert ran.returncode == 1
+    assert "'int4' is not one of 'auto', 'float32', 'bfloat16', 'int8'" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_make_page_reports_a_missing_page(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in (".venv/installed", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".venv/installed", (2**31, 2**31))
+    ran = command("make", "page", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "minigpt: no page yet; run make\n" in ran.stderr

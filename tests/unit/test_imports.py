@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "evaluation": EVALUATION,
     "generation": EVALUATION,
     "training": {"generation", *EVALUATION},
+    "page": {"evaluation", "export", "quantize", *MODEL},
     "summary": {"tracking", *BASE},
-    "cli": {"profiles", "summary", "training", "generation", *EVALUATION},
+    "cli": {"profiles", "summary", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -51,6 +51,7 @@ with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
         save_file(result.weights, folder / f"{{name}}.safetensors")
         record = {{
             "history": result.history,
+            "samples": result.samples,
             "scores": [[s.nats, s.count, s.squares] for s in scores],
             "resumed_at": trainer.state.resumed_at,
         }}
@@ -92,6 +93,7 @@ def assert_same_training(result, expected):
     """Compare weights and losses to 1e-11 (of a matrix's norm), and scores before the training to 1e-12."""
     for name, weight in expected[0].items():
         assert (result[0][name] - weight).norm() <= 1e-11 * weight.norm(), name
+    assert result[1]["samples"] == expected[1]["samples"]
     for row, other in zip(result[1]["history"], expected[1]["history"], strict=True):
         assert row == pytest.approx(other, rel=1e-11)
     for (nats, count, squares), other in zip(result[1]["scores"], expected[1]["scores"], strict=True):

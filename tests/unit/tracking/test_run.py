@@ -1,6 +1,8 @@
 """Tests of the tracker: records of a training and of the later stages, and their arrival in a store."""
 
+import csv
 import os
+import re
 import uuid
 
 import pytest
@@ -119,3 +121,27 @@ def test_missing_or_damaged_run_record_is_reported(here, content):
 def test_failed_extras_do_not_end_the_training(capsys):
     Tracker(KEY).attempt("loss chart", lambda: os.stat("missing.png"))
     assert "minigpt: loss chart failed: [Errno 2] No such file" in capsys.readouterr().err
+
+
+def test_samples_of_a_training_are_a_table_of_the_run():
+    tracker = Tracker(KEY)
+    tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+    rows = [{"step": step, "prompt": "\n", "text": 'a,"b"\n' * step} for step in (0, 5)]
+    for count in (1, 2, 2):
+        tracker.samples(rows[:count])
+    tracker.end("FINISHED", [])
+    client, run = find_run(store.resolve_tracking_uri(), KEY)
+    path = client.download_artifacts(run.info.run_id, "train/samples.csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == [row | {"step": str(row["step"])} for row in rows]
+    assert len([record for record in tracker.journal.records("artifact") if "samples" in record["path"]]) == 2
+
+
+def test_description_of_a_run_outlives_its_journal():
+    tracker = Tracker(KEY)
+    assert tracker.describe() == {"run": KEY, "name": None, "commit": None, "date": None}
+    tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+    tracker.end("FINISHED", [])
+    described = tracker.describe()
+    assert described["name"] == f"drama 2x20 {KEY[:6]}"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", described["date"])

@@ -36,6 +36,9 @@ class RecordingObserver:
         if self.on_metrics:
             self.on_metrics(step)
 
+    def samples(self, rows):
+        self.rows = [dict(row) for row in rows]
+
     def upload(self):
         pass
 
@@ -94,6 +97,7 @@ def test_resume_is_bitwise_identical(corpus, tmp_path, variant, stop):
     assert resumed.state.resumed_at == [stopped.state.step]
     assert digest(result.weights) == digest(uninterrupted.weights)
     assert result.history == uninterrupted.history
+    assert result.samples == uninterrupted.samples
 
 
 def test_public_steps_do_what_run_does(corpus, tmp_path):
@@ -268,3 +272,36 @@ def test_loss_on_a_markov_source_reaches_its_entropy_and_not_less(tmp_path):
     sampling_error = 4 * truth.std() / math.sqrt(len(truth))
     print(f"model {model_loss:.4f}, true model {truth.mean():.4f}, excess {excess:.4f} nats")
     assert -sampling_error < excess < 0.02
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_samples_do_not_change_a_training(corpus, tmp_path, variant):
+    silent = make_trainer(corpus, tmp_path / "silent", **variant, sample_chars=0).run()
+    sampled = make_trainer(corpus, tmp_path / "sampled", **variant, sample_chars=30, sample_interval=1).run()
+    assert digest(sampled.weights) == digest(silent.weights)
+    assert sampled.history == silent.history
+    assert silent.samples == []
+    assert [row["step"] for row in sampled.samples] == list(range(13))
+
+
+def test_a_sample_is_written_at_each_evaluation_and_recorded_as_it_comes(corpus, tmp_path, capsys):
+    rows = {}
+
+    def keep(step):
+        rows[step] = list(getattr(trainer.observer, "rows", []))
+
+    trainer = make_trainer(corpus, tmp_path, keep, eval_interval=5, sample_chars=30)
+    result = trainer.run()
+    assert [row["step"] for row in result.samples] == [row["step"] for row in result.history] == [0, 5, 10, 12]
+    assert [row["prompt"] for row in result.samples] == ["\n"] * 4
+    assert all(len(row["text"]) == 30 for row in result.samples)
+    assert len({row["text"] for row in result.samples}) > 1
+    assert rows[10] == result.samples[:2]  # when the losses of step 10 are recorded, its sample is not yet written
+    assert trainer.observer.rows == result.samples
+    printed = capsys.readouterr().out
+    assert printed.index("step      5") < printed.index(f"  | {result.samples[1]['text'][:5].rstrip()}".rstrip())
+
+
+def test_samples_have_their_own_interval(corpus, tmp_path):
+    result = make_trainer(corpus, tmp_path, eval_interval=5, sample_interval=8, sample_chars=3).run()
+    assert [row["step"] for row in result.samples] == [0, 8, 12]

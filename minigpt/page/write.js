@@ -1,0 +1,310 @@
+"use strict";
+// The desk: the prompt, the settings, and the loop that writes in slices of time.
+
+// A model of the page: its weights and its vocabulary.
+class Model {
+  constructor(facts) {
+    const { name, config, characters, normalize = "none" } = facts;
+    Object.assign(this, { facts, name, config, normalize, characters: Array.from(characters) });
+    this.ids = new Map(this.characters.map((c, id) => [c, id]));
+    this.gpt = GPT.fromFacts(facts, decodeBase64($(facts.weights).textContent.trim()));
+  }
+
+  normalized(text) {
+    return this.normalize === "NFC" ? text.normalize("NFC") : text;
+  }
+
+  // Return the ids of the known characters of a text.
+  encode(text) {
+    return Array.from(this.normalized(text), (c) => this.ids.get(c)).filter((id) => id !== undefined);
+  }
+}
+
+// The steps of the arrows are not enforced: any number of digits is allowed.
+const number = (min, max, step = "any") => ({ type: "number", min, max, step });
+
+// The settings: name in params.yaml, label, hint, attributes of the input.
+const FIELDS = [
+  ["temperature", "Temperature", "divides the logits; 0: always the likeliest", number(0, 5)],
+  ["top_k", "Top-k", "keep the k likeliest; 0: all", number(0, null, 1)],
+  ["top_p", "Top-p", "keep the likeliest up to this sum; 1: all", number(0.01, 1)],
+  ["min_p", "Min-p", "keep those as likely as this share of the likeliest", number(0, 1)],
+  ["repetition_penalty", "Repetition penalty", "of characters in the context; 1: off", number(0.1, 5)],
+  ["seed", "Seed", "the same seed writes the same text", { type: "text", inputmode: "numeric", pattern: "[0-9]+" }],
+  ["max_new_tokens", "Length", "characters to write", number(1, 100000, 1)],
+  ["stop", "Stop text", "ends the text; \\n is a new line, | separates several", { type: "text", spellcheck: "false" }],
+];
+
+const OVERFLOWS = { reread: "reread the last half", slide: "slide by one (slow)", roll: "roll (rotary positions)" };
+
+const PRESETS = {
+  "As configured": {},
+  Likeliest: { temperature: 0, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1 },
+  Careful: { temperature: 0.5, top_k: 0, top_p: 0.9, min_p: 0, repetition_penalty: 1 },
+  Unfiltered: { temperature: 1, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1 },
+  Adventurous: { temperature: 1.3, top_k: 0, top_p: 1, min_p: 0.05, repetition_penalty: 1 },
+};
+
+// The sampling parameters as the reader set them. `onChange` is called after each change.
+class Settings {
+  constructor(defaults, canRoll, onChange) {
+    Object.assign(this, { onChange, defaults: { stop: [], overflow: "reread", ...defaults } });
+    this.inputs = {};
+    for (const [name, label, hint, attributes] of FIELDS) {
+      this.inputs[name] = el("input", { id: `set-${name}`, "aria-describedby": `hint-${name}`, ...attributes });
+      this.addField(name, label, hint);
+    }
+    const options = Object.entries(OVERFLOWS).filter(([name]) => canRoll || name !== "roll");
+    this.inputs.overflow = el("select", { id: "set-overflow", "aria-describedby": "hint-overflow" },
+      options.map(([value, label]) => el("option", { value }, label)));
+    this.addField("overflow", "Full context", "when the context has no room left");
+    $("presets").append(...Object.entries(PRESETS).map(([name, values]) =>
+      el("button", { type: "button", class: "chip", onclick: () => this.set(values, name) }, name)));
+    $("fields").addEventListener("input", () => this.changed());
+    this.set({});
+  }
+
+  addField(name, label, hint) {
+    $("fields").append(el("div", { class: "field" }, el("label", { for: `set-${name}` }, label), this.inputs[name],
+      el("span", { class: "hint", id: `hint-${name}` }, hint)));
+  }
+
+  // Set values; those not given are the defaults. A preset keeps the seed, the length and the like.
+  set(values, preset = "") {
+    const kept = preset in PRESETS && preset !== "As configured" ? ["seed", "max_new_tokens", "stop", "overflow"] : [];
+    for (const [name, input] of Object.entries(this.inputs)) {
+      if (kept.includes(name)) continue;
+      const value = values[name] ?? this.defaults[name] ?? "";
+      input.value = name === "stop" ? value.map((s) => s.replaceAll("\n", "\\n")).join("|") : value;
+    }
+    this.changed();
+  }
+
+  changed() {
+    const now = this.values;
+    for (const chip of $("presets").children) {
+      const preset = { ...this.defaults, ...PRESETS[chip.textContent] };
+      const same = Object.keys(PRESETS.Likeliest).every((name) => preset[name] === now[name]);
+      chip.setAttribute("aria-pressed", String(same));
+    }
+    const parts = [
+      `temperature ${now.temperature}`, now.top_k && `top-k ${now.top_k}`, now.top_p < 1 && `top-p ${now.top_p}`,
+      now.min_p && `min-p ${now.min_p}`, `seed ${now.seed}`, `${whole(now.max_new_tokens)} characters`,
+    ];
+    $("settings-summary").textContent = parts.filter(Boolean).join(" · ");
+    this.onChange();
+  }
+
+  // The sampling parameters. An empty or wrong field counts as its default.
+  get values() {
+    const values = { ...this.defaults };
+    for (const [name, input] of Object.entries(this.inputs)) {
+      if (!input.value || !input.checkValidity()) continue;
+      if (input.type === "number") values[name] = Number(input.value);
+      else values[name] = input.value;
+    }
+    if (Number.isSafeInteger(Number(values.seed))) values.seed = Number(values.seed); // a larger one stays a text
+    const stops = this.inputs.stop.value.split("|").map((s) => s.replaceAll("\\n", "\n"));
+    return { ...values, stop: stops.filter(Boolean) };
+  }
+}
+
+// The view that writes: one sheet for each model, and a history for Undo.
+class Desk {
+  constructor(models, facts) {
+    Object.assign(this, { models, facts, undone: [], running: null, shading: "surprise" });
+    this.listeners = { select: () => {}, text: () => {}, settings: () => {} };
+    this.sheets = models.map((model, n) => {
+      const label = models.length > 1 ? `Text of ${model.name}, by character` : "The text, by character";
+      const sheet = new Sheet(model, label, (...selected) => this.listeners.select(...selected));
+      sheet.text.id = `text${n}`;
+      const caption = models.length > 1 ? el("figcaption", { class: "label" }, model.name) : null;
+      $("sheets").append(el("figure", { class: "sheet" }, caption, sheet.text, sheet.stats));
+      return sheet;
+    });
+    const canRoll = models.every((model) => model.config.positions === "rotary");
+    this.settings = new Settings(facts.sampling, canRoll, () => this.listeners.settings());
+    this.connect();
+  }
+
+  connect() {
+    const prompt = $("prompt");
+    // Not a form: a frame that only allows scripts, such as MLflow's, blocks its submission.
+    onPress($("write"), () => this.write());
+    prompt.addEventListener("input", () => this.checkPrompt());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("view-write").hidden) this.write();
+    });
+    onPress($("stop"), () => this.stop());
+    onPress($("continue"), () => this.continue());
+    onPress($("undo"), () => this.undo());
+    prompt.value = (this.facts.prompts?.[0] ?? "").replace(/^\n$/, "");
+    this.checkPrompt();
+  }
+
+  // The prompt. A model needs at least one character to continue: an empty one is a new line, or a space.
+  get prompt() {
+    const first = this.models[0];
+    return $("prompt").value || ["\n", " "].find((c) => first.ids.has(c)) || first.characters[0];
+  }
+
+  // Name the unknown characters of the prompt; return whether all are known.
+  checkPrompt() {
+    const prompt = $("prompt");
+    prompt.style.height = "auto";
+    prompt.style.height = `${prompt.scrollHeight + 2}px`;
+    const notes = this.models.map((model) => describeUnknown(model.normalized(this.prompt), model.ids));
+    const note = notes.find(Boolean) ?? "";
+    if ($("prompt-note").textContent !== note) $("prompt-note").textContent = note;
+    prompt.setAttribute("aria-invalid", String(Boolean(note)));
+    enable($("write"), !note);
+    return !note;
+  }
+
+  // Write a new text after the prompt.
+  async write() {
+    if (!this.checkPrompt()) return $("prompt").focus();
+    await this.stop();
+    this.remember();
+    for (const sheet of this.sheets) {
+      sheet.clear();
+      sheet.select(-1); // after clear(), because it sets the shading of the new text
+      const ids = sheet.model.encode(this.prompt);
+      sheet.promptLength = sheet.given = ids.length;
+      for (const id of ids) sheet.append(id);
+      sheet.writer = this.startWriter(sheet);
+    }
+    return this.run(this.settings.values.max_new_tokens);
+  }
+
+  startWriter(sheet, written = 0) {
+    const writer = new Writer(sheet.model.gpt, sheet.model.characters, this.settings.values);
+    writer.start(sheet.ids, written);
+    return writer;
+  }
+
+  // Write more characters after the text, with the settings as they are now.
+  async continue() {
+    await this.stop();
+    this.remember();
+    for (const sheet of this.sheets) {
+      const same = sheet.writer && JSON.stringify(sheet.writer.sampling) === JSON.stringify(this.settings.values);
+      if (same && sheet.writer.ids.length === sheet.length) continue;
+      sheet.writer = this.startWriter(sheet, sheet.length - sheet.promptLength);
+      sheet.promptLength = sheet.length;
+    }
+    return this.run(this.settings.values.max_new_tokens);
+  }
+
+  // Put the character `id` in the place of character `index`, and write on from there.
+  async branch(sheet, index, id) {
+    await this.stop();
+    this.remember();
+    const remaining = Math.max(1, sheet.length - index - 1), logits = sheet.logits[index], start = sheet.starts[index];
+    sheet.truncate(index);
+    sheet.append(id, { bits: logits && surprisal(logits, id), start, logits });
+    sheet.promptLength = sheet.length;
+    sheet.given = Math.min(sheet.given, index);
+    sheet.writer = this.startWriter(sheet);
+    sheet.flush();
+    sheet.select(index);
+    sheet.text.focus({ preventScroll: true });
+    return this.run(remaining, [sheet]);
+  }
+
+  // Stop writing; resolve when the last slice is over.
+  async stop() {
+    if (!this.running) return;
+    this.running.stopped = true;
+    await this.running.over;
+  }
+
+  remember() {
+    if (!this.sheets.some((sheet) => sheet.length)) return;
+    this.undone.push(this.sheets.map((sheet) => sheet.snapshot()));
+    if (this.undone.length > 20) this.undone.shift();
+  }
+
+  async undo() {
+    await this.stop();
+    const states = this.undone.pop();
+    if (!states) return;
+    this.sheets.forEach((sheet, n) => {
+      sheet.select(-1);
+      sheet.restore(states[n]);
+      sheet.writer = null;
+    });
+    this.finish("Undone.");
+  }
+
+  // Write `count` characters on each of the sheets.
+  async run(count, sheets = this.sheets) {
+    const running = { stopped: false, begin: performance.now() }, slices = new Slices();
+    this.running = running;
+    running.over = new Promise((resolve) => (running.end = resolve));
+    this.refresh();
+    const pens = sheets.map((sheet) => ({ sheet, remaining: count, first: sheet.length }));
+    try {
+      for (let active = pens; active.length && !running.stopped; active = active.filter((pen) => pen.remaining > 0)) {
+        for (const pen of active) this.step(pen);
+        if (!slices.due) continue;
+        for (const { sheet } of active) sheet.flush();
+        this.showStats();
+        await slices.pause();
+      }
+    } finally {
+      this.running = null;
+      running.end();
+      const written = sum(pens.map(({ sheet, first }) => sheet.length - first));
+      this.speed = (1000 * written) / (performance.now() - running.begin);
+      this.finish(`${whole(written)} characters written.`);
+    }
+  }
+
+  // Read one character, or write one.
+  step(pen) {
+    const { sheet } = pen, { writer } = sheet;
+    if (writer.readAhead()) return;
+    const { id, logits } = writer.next();
+    sheet.append(id, { bits: surprisal(logits, id), start: writer.first, logits });
+    pen.remaining--;
+    for (const stop of writer.sampling.stop) {
+      const length = Array.from(stop).length;
+      if (sheet.length - pen.first < length || sheet.string(sheet.length - length) !== stop) continue;
+      sheet.truncate(sheet.length - length);
+      pen.remaining = 0;
+      return;
+    }
+  }
+
+  // Show the text after it has changed.
+  finish(message) {
+    for (const sheet of this.sheets) sheet.flush();
+    this.refresh();
+    this.showStats();
+    $("announcer").textContent = message;
+    this.listeners.text();
+  }
+
+  refresh() {
+    const some = this.sheets.some((sheet) => sheet.length);
+    enable($("stop"), Boolean(this.running));
+    enable($("continue"), some && !this.running);
+    enable($("undo"), this.undone.length > 0);
+    document.body.classList.toggle("writing", Boolean(this.running));
+  }
+
+  // Show the length and the mean surprisal of each text next to the validation loss.
+  showStats() {
+    for (const sheet of this.sheets) {
+      const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
+      const validation = sheet.model.facts.run?.val_loss / Math.LN2;
+      const parts = [
+        `${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
+        validation && `validation text ${fixed(validation)}`,
+        !this.running && this.speed && `${whole(this.speed)} characters/s`,
+      ];
+      sheet.stats.textContent = sheet.length ? parts.filter(Boolean).join(" · ") : "";
+    }
+  }
+}

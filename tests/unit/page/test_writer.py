@@ -1,0 +1,151 @@
+import pytest
+import torch
+from helpers.models import CLASSIC, build
+from helpers.page import Engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.generation.generator import Generator
+from minigpt.generation.sampling import StopStrings, draw_uniforms, filter_probabilities, penalize, sample
+from minigpt.params import SamplingParams
+
+CHARACTERS = "\n abcdé\u2028\ud7ff\U0001f600z"
+SAMPLINGS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_p": 1.0},
+    {"top_k": 3},
+    {"min_p": 0.2, "temperature": 2.5},
+    {"repetition_penalty": 1.7},
+    {"top_k": 5, "top_p": 0.7, "min_p": 0.05, "repetition_penalty": 0.8, "temperature": 1.3},
+]
+FILTERS = [sampling for sampling in SAMPLINGS if sampling.get("temperature") != 0]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1337, 2**53 + 1, 2**63 - 1])
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_uniforms_equal_those_of_numpy(engine, seed, number):
+    code = "const next = uniforms(seed, sample); return Array.from({length: 1000}, () => next.next().value)"
+    expected = draw_uniforms(seed, number + 1, 1000)[number].tolist()
+    assert engine.run(code, seed=str(seed), sample=number) == expected
+
+
+@pytest.mark.parametrize("sampling", [*FILTERS, {"top_k": 99}, {"top_k": 1}, {"min_p": 1.0}], ids=str)
+def test_filtered_probabilities_equal_those_of_python(engine, sampling):
+    sampling = SamplingParams(**sampling)
+    logits = torch.randn(20, 65, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, 7] = logits[:, 3]  # equal logits at the limits of top-k and top-p
+    code = "return rows.map((row) => filterProbabilities(Float32Array.from(row), sampling))"
+    found = torch.tensor(engine.run(code, rows=logits.tolist(), sampling=sampling.model_dump()), dtype=torch.float64)
+    expected = filter_probabilities(logits, sampling)
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.1, 3.0])
+def test_penalized_logits_equal_those_of_python(engine, penalty):
+    logits = torch.randn(1, 65, generator=torch.Generator().manual_seed(0)) * 4
+    context = torch.tensor([[1, 5, 5, 64, 0]])
+    code = "return penalize(Float32Array.from(logits), context, penalty)"
+    found = engine.run(code, logits=logits[0].tolist(), context=context[0].tolist(), penalty=penalty)
+    assert found == penalize(logits, context, penalty)[0].tolist()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_choice_equals_that_of_python(engine, sampling):
+    sampling = SamplingParams(**sampling)
+    logits = torch.randn(200, 65, generator=torch.Generator().manual_seed(1)) * 3
+    uniforms = torch.from_numpy(draw_uniforms(3, 1, 200)[0])
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    code = "return rows.map((row, i) => choose(Float32Array.from(row), sampling, uniforms[i]))"
+    found = engine.run(code, rows=logits.tolist(), sampling=sampling.model_dump(), uniforms=uniforms.tolist())
+    assert found == sample(logits, sampling, uniforms).tolist()
+
+
+@pytest.mark.parametrize(
+    "architecture, overflow",
+    [
+        ({}, "reread"), ({}, "slide"), ({}, "roll"), ({"attention_window": 5}, "roll"),
+        ({"attention_window": 5}, "reread"), (CLASSIC, "reread"), (CLASSIC, "slide"), ({"block_size": 17}, "reread"),
+        ({"block_size": 2}, "reread"), ({"block_size": 2}, "slide"), ({"block_size": 2}, "roll"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt", ["a", "a\U0001f600\u2028bcd é" * 7])
+def test_text_equals_that_of_the_generator(architecture, overflow, prompt):
+    gpt = build(**architecture).eval()
+    sampling = SamplingParams(max_new_tokens=120, overflow=overflow, temperature=1.5)
+    expected = Generator(gpt, Tokenizer(CHARACTERS)).generate(prompt, sampling)[0]
+    assert prompt + Engine(gpt).write(CHARACTERS, prompt, sampling) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_text_of_1000_characters_equals_that_of_the_generator(seed, sampling):
+    gpt = build().eval()
+    sampling = SamplingParams(**{"temperature": 1.5, "max_new_tokens": 1000, "seed": seed} | sampling)
+    expected = Generator(gpt, Tokenizer(CHARACTERS)).generate("a", sampling)[0]
+    assert "a" + Engine(gpt).write(CHARACTERS, "a", sampling) == expected
+
+
+def test_a_text_ends_before_its_stop_string_as_in_python():
+    gpt = build().eval()
+    sampling = SamplingParams(max_new_tokens=500, temperature=3.0, stop=["zz\U0001f600", "ab", "é"])
+    expected = Generator(gpt, Tokenizer(CHARACTERS)).generate("a", sampling)[0]
+    assert len(expected) < 501
+    assert "a" + Engine(gpt).write(CHARACTERS, "a", sampling) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_show_the_same_pieces_as_in_python(engine, text, stop):
+    shown = StopStrings(stop)
+    expected = [shown.add(character) for character in text]
+    code = "const s = new StopStrings(stop); return [Array.from(text, (c) => s.add(c)), s.ended, s.flush()]"
+    assert engine.run(code, text=text, stop=stop) == [expected, shown.ended, shown.flush()]
+
+
+def test_a_writer_that_starts_again_in_the_middle_writes_the_same_text():
+    engine, sampling = Engine(build().eval()), SamplingParams(temperature=1.5)
+    code = """
+        const writer = new Writer(gpt, characters, sampling);
+        const write = (count) => Array.from({ length: count }, () => writer.next().id);
+        writer.start([1, 2]);
+        const whole = write(9);
+        writer.start([1, 2, ...whole.slice(0, 4)], 4);
+        return [whole, whole.slice(0, 4).concat(write(5))]"""
+    whole, continued = engine.run(code, characters=CHARACTERS, sampling=sampling.model_dump())
+    assert whole == continued
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_character_comes_with_the_distribution_that_it_was_drawn_from(sampling):
+    engine, sampling = Engine(build().eval()), SamplingParams(**sampling)
+    code = """
+        const writer = new Writer(gpt, characters, sampling), cache = gpt.makeCache();
+        writer.start([1]);
+        const { id, character, logits, probabilities } = writer.next();
+        return [characters[id] === character, logits, gpt.forward(1, cache), probabilities, probabilities[id]]"""
+    same, logits, expected, probabilities, p = engine.run(
+        code, characters=list(CHARACTERS), sampling=sampling.model_dump()
+    )
+    assert same
+    assert logits == expected
+    assert p > 0
+    assert len(probabilities) == 11
+
+
+def test_rolling_with_learned_positions_is_rejected():
+    sampling = SamplingParams(overflow="roll")
+    with pytest.raises(Exception, match="roll needs rotary positions"):
+        Engine(build(**CLASSIC).eval()).write(CHARACTERS, "a", sampling)
+
+
+def test_an_empty_prompt_is_rejected():
+    with pytest.raises(Exception, match="the prompt is empty"):
+        Engine(build().eval()).write(CHARACTERS, "", SamplingParams())
