@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from minigpt.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def write_sample(model: GPT, prompt: Sequence[int], length: int, seed: int) -> l
     the last half is read again.
     """
     device, context = model.embedding.weight.device, model.config.block_size
-    uniforms = torch.from_numpy(draw_uniforms(seed, 1, length)).to(device)
+    uniforms = torch.from_numpy(np.concatenate([*draw_uniforms(seed, 1, length)], 1)).to(device)
     text = torch.empty(1, len(prompt) + length, dtype=torch.int64, device=device)
     text[0, : len(prompt)] = torch.tensor(prompt)
     cache, first = model.make_cache(1), max(0, len(prompt) - context)

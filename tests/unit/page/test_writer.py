@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from helpers.models import CLASSIC, build
@@ -32,7 +33,7 @@ def engine():
 @pytest.mark.parametrize("number", [0, 1, 7])
 def test_uniforms_equal_those_of_numpy(engine, seed, number):
     code = "const next = uniforms(seed, sample); return Array.from({length: 1000}, () => next.next().value)"
-    expected = draw_uniforms(seed, number + 1, 1000)[number].tolist()
+    expected = np.concatenate([*draw_uniforms(seed, number + 1, 1000)], 1)[number].tolist()
     assert engine.run(code, seed=str(seed), sample=number) == expected
 
 
@@ -61,7 +62,7 @@ def test_penalized_logits_equal_those_of_python(engine, penalty):
 def test_choice_equals_that_of_python(engine, sampling):
     sampling = SamplingParams(**sampling)
     logits = torch.randn(200, 65, generator=torch.Generator().manual_seed(1)) * 3
-    uniforms = torch.from_numpy(draw_uniforms(3, 1, 200)[0])
+    uniforms = torch.from_numpy(np.concatenate([*draw_uniforms(3, 1, 200)], 1)[0])
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
     code = "return rows.map((row, i) => choose(Float32Array.from(row), sampling, uniforms[i]))"
     found = engine.run(code, rows=logits.tolist(), sampling=sampling.model_dump(), uniforms=uniforms.tolist())
