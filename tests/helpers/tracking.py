@@ -50,7 +50,7 @@ def find_run(uri, key="a" * 32):
 def list_artifacts(uri, run_id, folder):
     """Return paths and sizes of artifacts. The current client cannot list those of an old server."""
     folder = "" if folder == "." else folder
-    if uri.startswith("sqlite"):
+    if not uri.startswith("http"):
         return {(file.path, file.file_size) for file in MlflowClient(uri).list_artifacts(run_id, folder)}
     answer = requests.get(
         f"{uri}/api/2.0/mlflow/artifacts/list", {"run_id": run_id, "path": folder}, auth=(TOKEN, TOKEN), timeout=30

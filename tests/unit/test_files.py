@@ -4,10 +4,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.workspace import ROOT, python
 
+from minigpt import files
 from minigpt.files import atomic_directory, write_csv
 
 
@@ -32,6 +34,15 @@ def test_error_leaves_only_the_old_directory(tmp_path):
         raise KeyboardInterrupt
     assert content(tmp_path / "out") == {"a.txt": "old"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    events, fsync, rename = [], files.fsync, Path.rename
+    monkeypatch.setattr(files, "fsync", lambda path: (events.append(path.name), fsync(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("text")
+    assert events == ["a.txt", ".out-new.tmp", "rename", tmp_path.name]
 
 
 def test_remains_of_a_killed_process_are_removed_by_the_next_write(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from helpers.models import build, variants
 from helpers.workspace import ROOT, params_with
 
-from minigpt.model import GPT, weight_shapes
+from minigpt import ops
+from minigpt.model import GPT, rotary_angles, weight_shapes
 from minigpt.profiles import load_profile
 
 
@@ -34,6 +35,16 @@ def test_logits_with_a_cache_equal_those_of_the_whole_sequence(model):
             cache = gpt.make_cache(3)
             logits = torch.cat([gpt(piece, cache) for piece in ids.split(lengths, 1)], 1)
             torch.testing.assert_close(logits, gpt(ids), rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_angles_turn_each_pair_of_channels_counterclockwise():
+    """The rotation of Su et al. (2021), as a product of complex numbers."""
+    config = params_with(model={"head_size": 8}).model
+    speeds = torch.tensor([config.rotary_base ** -(i / 4) for i in range(4)], dtype=torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    turned = torch.complex(x[:, :4], x[:, 4:]) * torch.exp(1j * torch.arange(3)[:, None] * speeds)
+    rotated = ops.rotate(x, *(angles.double() for angles in rotary_angles(config, 3)))
+    torch.testing.assert_close(rotated, torch.cat((turned.real, turned.imag), 1), rtol=1e-6, atol=1e-6)
 
 
 def test_num_logits_selects_the_last_positions():

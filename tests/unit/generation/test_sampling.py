@@ -38,6 +38,11 @@ def test_each_filter_keeps_the_right_characters():
     assert kept(temperature=0.5) == pytest.approx((np.array([16, 1, 9, 4]) / 30).tolist())
 
 
+def test_top_p_drops_characters_after_a_sum_of_exactly_p():
+    logits = torch.log(torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64))
+    assert filter_probabilities(logits, SamplingParams(temperature=1.0, top_p=0.5))[0].count_nonzero() == 1
+
+
 def test_repetition_penalty_makes_characters_of_the_context_less_likely():
     logits = torch.tensor([[2.0, -1.0, 3.0, -4.0], [2.0, -1.0, 3.0, -4.0]])
     context = torch.tensor([[0, 0, 1], [2, 3, 2]])

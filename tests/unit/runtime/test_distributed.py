@@ -39,6 +39,8 @@ class StoppingTrainer(Trainer):
 
 params = params_with(model={{"init": "normal"}}, train=train)
 with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
+    assert group.broadcast_object(group.rank) == 0
+    assert group.all_reduce_max(group.rank) == group.world_size - 1
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
     corpus = dataset.load_corpus(folder)
     trainer = StoppingTrainer(params, corpus, group, None, Checkpoints(folder / checkpoints, "f00d"))

@@ -62,6 +62,36 @@ def test_sync_sends_the_rest_to_any_store(here, monkeypatch):
     check_store(other)
 
 
+def test_lost_response_of_a_store_of_files_duplicates_nothing(here, monkeypatch):
+    """A database rejects a repeated metric, but a file would contain it twice."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(here / "mlruns"))
+    write_run(steps=600)
+    log = Store.log
+
+    def losing(self, run_id, journal, records, *arguments):
+        log(self, run_id, journal, records, *arguments)
+        if records[0]["kind"] == "metrics":
+            raise ConnectionError("lost")
+
+    with monkeypatch.context() as broken, pytest.raises(ConnectionError):
+        broken.setattr(Store, "log", losing)
+        Uploader(store.resolve_tracking_uri()).send(Journal("a" * 32))
+    assert uploader.sync() == 1
+    check_store(store.resolve_tracking_uri())
+
+
+def test_journal_is_on_the_disk_before_its_records_are_sent(here, monkeypatch):
+    events, flush, log = [], Journal.flush, Store.log
+    monkeypatch.setattr(Journal, "flush", lambda journal: (events.append("flush"), flush(journal)))
+    monkeypatch.setattr(Store, "log", lambda *arguments: (events.append("log"), log(*arguments)))
+    journal = write_run(steps=3)
+    events.clear()
+    Uploader(store.resolve_tracking_uri()).send(journal)
+    assert events[0] == "flush"
+    assert set(events[1:]) == {"log"}
+
+
 def test_run_deleted_in_the_store_stays_deleted():
     journal = write_run(steps=3)
     uploader.sync()
