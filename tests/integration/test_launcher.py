@@ -98,7 +98,7 @@ def test_only_the_process_that_fails_reports_an_error(folder, failure):
 
 @pytest.mark.slow
 def test_error_in_all_processes_is_reported_once(folder):
-    set_params(folder, {"train": {"learning_rate": 1e30, "adam_learning_rate": 1e30}})
+    set_params(folder, {"train": {"learning_rate": 1e9, "adam_learning_rate": 1e9}})
     code, printed = run(folder)
     assert code == 1
     assert printed.count("training diverged") == 1
