@@ -34,7 +34,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@touch $@
 
 # Two workers are faster than one on any machine with two cores, and each loads torch and mlflow.
-PYTEST = pytest -n $${WORKERS:-2} --dist loadfile
+PYTEST = pytest -n $${WORKERS:-2} --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed-dev  ## run the fast tests of every part, in random order
 	python -m $(PYTEST) -m "not slow"

@@ -13,6 +13,11 @@ torch.set_num_threads(1)  # for tensors this small, more threads only wait for e
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the integration tests: a long file that starts last would keep one process busy and the other idle."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_decoders(tmp_path_factory):
     """Cache folder for compiled decoders, separate from the user's."""

@@ -139,6 +139,7 @@ def test_gradient_accumulation_equals_the_whole_batch(corpus, tmp_path):
     torch.testing.assert_close(scalars_1, scalars_4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_model_has_the_same_gradient(corpus, tmp_path):
     gradients = []
