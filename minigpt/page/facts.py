@@ -36,7 +36,10 @@ MAX_EXACT = 2**53
 
 @dataclass(frozen=True)
 class PageModel:
-    """A model for a page. ``root`` is the workspace that trained it, if it is known."""
+    """A model for a page. ``root`` is the workspace that trained it, if it is known.
+
+    The page shows the name of the run, or ``name`` if it is unknown.
+    """
 
     name: str
     model: GPT
@@ -48,7 +51,7 @@ class PageModel:
         """Read an exported model. A folder ``models/gpt`` belongs to the workspace that contains it."""
         resolved = folder.resolve()
         root = resolved.parents[1] if resolved.parts[-2:] == ("models", "gpt") else None
-        return cls(str(folder), *load_model(folder), root)
+        return cls(root.name if root else "/".join(resolved.parts[-2:]), *load_model(folder), root)
 
 
 def build_page(
@@ -112,7 +115,7 @@ def describe_training(results: Path) -> Facts:
     tables = {
         "history": (results / "train" / "history.csv", ("step", "train_loss", "val_loss")),
         "samples": (results / "train" / "samples.csv", ("step", "prompt", "text")),
-        "positions": (results / "evaluate" / "positions.csv", ("position", "loss")),
+        "positions": (results / "evaluate" / "positions.csv", ("loss",)),
     }
     facts = {}
     for name, (path, columns) in tables.items():
@@ -121,6 +124,8 @@ def describe_training(results: Path) -> Facts:
                 {column: row[column] if column in ("prompt", "text") else _number(row[column]) for column in columns}
                 for row in csv.DictReader(file)
             ]
+    if "positions" in facts:
+        facts["positions"] = [row["loss"] for row in facts["positions"]]
     return facts
 
 

@@ -124,7 +124,7 @@ class Measure {
       return [n * step + step / 2 + 0.5, mean(values)];
     }).filter(([, value]) => value !== null);
     const series = [{ name: "this text", points: average(sheet.bits.slice(1).map((b, i) => [i % context, b])) }];
-    const validation = this.desk.facts.positions?.map(({ position, loss }) => [position - 1, bits(loss)]);
+    const validation = this.desk.facts.positions?.map((loss, position) => [position, bits(loss)]);
     if (validation?.length) series.push({ name: "validation text", points: average(validation) });
     const label = "Bits per character by position in the context";
     return el("section", {}, el("h2", { class: "label" }, "Loss by position"),

@@ -93,7 +93,8 @@ function aboutModel(model, run, several) {
     ["Validation loss", loss && `${nats(loss, error)}, ${fixed(bits(loss))} bits`],
     ["Best n-gram model", run.best_ngram && `${nats(run.best_ngram.loss)}, ${run.best_ngram.name}`],
     ["Training", run.steps && `${whole(run.steps)} steps${seconds}${best}`],
-    ["Run", run.name], ["Commit", run.commit], ["Date", run.date],
+    ["Run", run.name], ["Commit", run.commit?.slice(0, 12)],
+    ["Date", run.date?.replace(/^(\S{10})T(\d\d:\d\d).*/, "$1, $2 UTC")],
   ];
   return el("section", {}, el("h2", { class: "label" }, several ? model.name : "The model"), definitions(rows));
 }

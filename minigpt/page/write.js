@@ -20,8 +20,18 @@ class Model {
   }
 }
 
-// The steps of the arrows are not enforced: any number of digits is allowed.
+// Any number of digits is allowed in a fraction, so its field has no step, and nudge() handles its arrow keys.
 const number = (min, max, step = "any") => ({ type: "number", min, max, step });
+
+// Change a fraction by 0.05 when an arrow key is pressed.
+function nudge(event) {
+  const { target: input, key } = event, direction = { ArrowUp: 1, ArrowDown: -1 }[key];
+  if (input.step !== "any" || !direction) return;
+  event.preventDefault();
+  const value = Number((Number(input.value) + 0.05 * direction).toFixed(4));
+  input.value = Math.min(input.max, Math.max(input.min, value));
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+}
 
 // The settings: name in params.yaml, label, hint, attributes of the input.
 const FIELDS = [
@@ -61,6 +71,7 @@ class Settings {
     $("presets").append(...Object.entries(PRESETS).map(([name, values]) =>
       el("button", { type: "button", class: "chip", onclick: () => this.set(values, name) }, name)));
     $("fields").addEventListener("input", () => this.changed());
+    $("fields").addEventListener("keydown", nudge);
     this.set({});
   }
 

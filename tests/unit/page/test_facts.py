@@ -71,7 +71,7 @@ def test_page_has_the_facts_of_all_stages(workspace):
     assert run["uniform"] == 3.3
     assert facts["history"] == [{"step": 0, "train_loss": 3.25, "val_loss": 3.5}]
     assert facts["samples"] == [{"step": 0, "prompt": "\n", "text": "1.50"}]
-    assert facts["positions"] == [{"position": 1, "loss": 2.5}]
+    assert facts["positions"] == [2.5]
     assert TEXT.startswith(facts["corpus"])
     assert len(facts["corpus"]) > 0.8 * len(TEXT)
     (model,) = facts["models"]
@@ -86,7 +86,7 @@ def test_page_of_a_model_alone_has_the_default_sampling_parameters(workspace):
     facts = built(folder, output=workspace / "page.html")
     assert set(facts) == {"version", "models", "run", "sampling", "prompts"}
     assert set(facts["run"]) == {"parameters"}
-    assert facts["models"][0]["name"] == str(folder)
+    assert facts["models"][0]["name"] == f"{folder.parent.name}/{folder.name}"
     assert (facts["sampling"]["temperature"], facts["sampling"]["overflow"]) == (0.8, "reread")
 
 
