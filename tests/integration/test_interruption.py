@@ -1,14 +1,12 @@
-"""Tests of trainings that stop before their first checkpoint or after their last step."""
+"""Tests of trainings that are killed, or stopped before their first checkpoint or after their last step."""
 
 import os
 import signal
 import sys
 
 import pytest
-from helpers.trainings import prepare, start, start_training, wait_for
+from helpers.trainings import prepare, saved_checkpoints, start, start_training, wait_for
 from mlflow import MlflowClient
-
-pytestmark = pytest.mark.slow
 
 
 def runs(folder):
@@ -16,6 +14,21 @@ def runs(folder):
     return client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
 
 
+def test_killed_training_resumes_from_its_last_checkpoint(tmp_path, project_files):
+    folder = prepare(tmp_path / "work", project_files)
+    process = start_training(folder)
+    assert wait_for(lambda: saved_checkpoints(folder), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = start_training(folder)
+    printed, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, printed
+    assert "resuming after step" in printed
+    (run,) = runs(folder)
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signal_after_the_last_step_keeps_the_training_and_its_run(tmp_path, project_files, name):
     folder = prepare(tmp_path / "work", project_files)
@@ -37,6 +50,7 @@ def test_signal_after_the_last_step_keeps_the_training_and_its_run(tmp_path, pro
     assert not list((folder / ".checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
     """The handler of the training loop receives it, after the last step that reads the requests."""
     folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 3, "eval_interval": 3}})
@@ -59,6 +73,7 @@ def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
     assert not (folder / "models/gpt").exists()
 
 
+@pytest.mark.slow
 def test_start_after_a_kill_before_the_first_checkpoint_says_so(tmp_path, project_files):
     folder = prepare(tmp_path / "work", project_files)
     process = start_training(folder)

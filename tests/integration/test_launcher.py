@@ -126,6 +126,7 @@ def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expecte
             assert "was killed by SIGKILL; restarting the job from its last checkpoint" in printed
 
 
+@pytest.mark.slow
 def test_killed_job_of_two_processes_resumes_in_one_process(folder, expected):
     process = start(sys.executable, "-m", "stages.train", cwd=folder)
     assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]

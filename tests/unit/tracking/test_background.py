@@ -71,7 +71,12 @@ def test_next_stage_does_not_wait_for_an_unreachable_server(current_server, here
         assert Tracker(key)._background.remaining_wait == background.MAX_WAIT
 
 
-FAULTS = ["refuse", "hang", "slow", *(["drop", "lose", 401, 404, 500] if FULL else [])]
+FAULTS = [
+    "refuse",
+    "hang",
+    pytest.param("slow", marks=pytest.mark.slow),
+    *(["drop", "lose", 401, 404, 500] if FULL else []),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -48,6 +48,7 @@ def files_with_token(folder):
     return {str(path.relative_to(folder)) for path in files if TOKEN.encode() in path.read_bytes()}
 
 
+@pytest.mark.slow
 def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
     with (
         Files(tmp_path / "stored") as files,
