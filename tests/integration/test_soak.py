@@ -91,15 +91,23 @@ def results(folder):
     return found
 
 
-def check(folder, printed):
-    """Check that nothing but the results is left, and that the training is one run with the metrics of all stages."""
+def has_finished(folder):
+    """Return whether the training has ended and removed its checkpoints. Until DVC records it, it would start again."""
+    return (folder / "results/train/run.json").exists() and not any((folder / ".checkpoints").glob("*/run.json"))
+
+
+def check(folder, printed, trainings):
+    """Check that only the results are left, and that each of the trainings, of at most this number, is one run."""
     assert "Traceback" not in printed, printed
     assert "up to date" in command("dvc", "status", *STAGES, cwd=folder).stdout
     assert not list(folder.glob("**/*.tmp"))
     assert not list((folder / ".checkpoints").iterdir())
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
-    assert run.info.status == "FINISHED"
+    runs = client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
+    assert len(runs) <= trainings
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    key = json.loads((folder / "results/train/run.json").read_text())["run"]
+    (run,) = (run for run in runs if run.data.tags["minigpt.run"] == key)
     assert {"train.val_loss", "evaluate.val.loss", "sample.memorised.longest_run"} <= run.data.metrics.keys()
 
 
@@ -115,18 +123,19 @@ def test_results_are_equal_after_random_kills_in_all_stages(tmp_path, project_fi
     assert {"models/gpt/model.safetensors", "results/sample/samples.txt"} <= expected.keys()
     rng, kills, pipelines = random.Random(0), dict.fromkeys(STAGES, 0), 0
     while sum(kills.values()) < KILLS:
-        folder = repository(str(pipelines))
+        folder, trainings = repository(str(pipelines)), 1
         for stage in STAGES:
             pipeline = Pipeline(folder)
             if pipeline.reach(stage):
                 time.sleep(rng.random() * durations[stage])
             if killed := pipeline.kill():
                 kills[killed] += 1
+                trainings += killed == "train" and has_finished(folder)
         last = Pipeline(folder)
         printed = last.finish()
         assert last.process.returncode == 0, printed
         assert results(folder) == expected, printed
-        check(folder, printed)
+        check(folder, printed, trainings)
         pipelines += 1
         print(f"{sum(kills.values())} kills in {pipelines} pipelines, all with equal results: {kills}", flush=True)
     assert min(kills.values()) > 0
