@@ -41,6 +41,9 @@ params = params_with(model={{"init": "normal"}}, train=train)
 with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
     assert group.broadcast_object(group.rank) == 0
     assert group.all_reduce_max(group.rank) == group.world_size - 1
+    tensors = [torch.full((2,), float(group.rank)), torch.tensor(group.rank)]
+    group.broadcast_tensors(tensors)
+    assert not any(tensor.any() for tensor in tensors)
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
     corpus = dataset.load_corpus(folder)
     trainer = StoppingTrainer(params, corpus, group, None, Checkpoints(folder / checkpoints, "f00d"))
