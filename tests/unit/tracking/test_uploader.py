@@ -36,6 +36,10 @@ def test_repeated_sends_deliver_each_record_once():
     sender.send(journal)
     Uploader(uri).send(journal)
     check_store(uri)
+    for step in range(2500, 2503):
+        journal.metrics(step, {"val_loss": 0.5})
+    sender.send(journal)
+    assert sender.missing(journal) == 0
 
 
 def test_sync_sends_the_rest_to_any_store(here, monkeypatch):
