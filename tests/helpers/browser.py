@@ -1,7 +1,10 @@
-"""Pages of the project in a real browser: Debian's Chromium, driven by Playwright."""
+"""Pages of the project in real browsers: Debian's Chromium, driven by Playwright, and Debian's Firefox."""
 
 import contextlib
+import itertools
+import json
 import shutil
+import subprocess
 
 import pytest
 
@@ -18,6 +21,44 @@ def chromium():
         browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def firefox(profile):
+    """Start Firefox with a new profile, and yield a function that opens a file and evaluates JavaScript in it.
+
+    Playwright drives only its own build of Firefox. The protocol is https://w3c.github.io/webdriver-bidi.
+    """
+    client = pytest.importorskip("websockets.sync.client", reason="needs websockets")
+    executable = shutil.which("firefox-esr") or shutil.which("firefox")
+    if executable is None:
+        pytest.skip("needs Firefox, such as Debian's package firefox-esr")
+    arguments = ["--headless", "--no-remote", "--profile", profile, "--remote-debugging-port", "0"]
+    process = subprocess.Popen([executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        address = next(line.split()[-1] for line in process.stdout if "WebDriver BiDi listening on" in line)
+        with client.connect(f"{address}/session", max_size=None) as socket:
+            numbers = itertools.count()
+
+            def call(method, **params):
+                number = next(numbers)
+                socket.send(json.dumps({"id": number, "method": method, "params": params}))
+                answer = next(answer for answer in map(json.loads, socket) if answer.get("id") == number)
+                assert answer["type"] == "success", answer
+                return answer["result"]
+
+            def evaluate(path, code):
+                call("browsingContext.navigate", context=tab, url=path.as_uri(), wait="complete")
+                result = call("script.evaluate", expression=code, target={"context": tab}, awaitPromise=True)
+                assert result["type"] == "success", result["exceptionDetails"]["text"]
+                return json.loads(result["result"]["value"])
+
+            call("session.new", capabilities={})
+            tab = call("browsingContext.getTree")["contexts"][0]["context"]
+            yield evaluate
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The web page in a browser: its text, its figures, and its accessibility."""
 
 import csv
+import json
 import math
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from helpers.browser import chromium, finish, opened, select, write
+from helpers.browser import chromium, finish, firefox, opened, select, write
 from helpers.servers import free_port, process
 from helpers.workspace import make_workspace, python
 
@@ -81,13 +82,33 @@ def make_page(path, characters, models=1, **architecture):
     return path
 
 
+def written_by_python(folder, prompt, sampling):
+    generator = Generator.load(folder / "models/gpt", torch.device("cpu"), "float32", compile="never")
+    return generator.generate(prompt, sampling)[0]
+
+
 @pytest.mark.parametrize("seed", [1, 2**60])
 def test_page_writes_the_text_of_python(tab, trained, songs, seed):
-    prompt = songs[:7]
-    sampling = SamplingParams(max_new_tokens=100, seed=seed, repetition_penalty=1.1)
-    generator = Generator.load(trained / "models/gpt", torch.device("cpu"), "float32", compile="never")
-    (expected,) = generator.generate(prompt, sampling)
-    assert write(tab, prompt, max_new_tokens=100, seed=str(seed), repetition_penalty=1.1) == expected
+    expected = written_by_python(
+        trained, songs[:7], SamplingParams(max_new_tokens=100, seed=seed, repetition_penalty=1.1)
+    )
+    assert write(tab, songs[:7], max_new_tokens=100, seed=str(seed), repetition_penalty=1.1) == expected
+
+
+def test_firefox_writes_the_text_of_python(tmp_path, trained, path, songs):
+    code = f"""(async () => {{
+      document.getElementById("prompt").value = {json.dumps(songs[:7])};
+      desk.settings.set({{ ...desk.settings.values, max_new_tokens: 100, seed: "1" }});
+      document.getElementById("write").click();
+      do await new Promise((resolve) => setTimeout(resolve, 20));
+      while (document.body.classList.contains("writing"));
+      desk.sheets[0].select(9);
+      return JSON.stringify([desk.sheets[0].string(), document.querySelectorAll(".candidate").length]);
+    }})()"""
+    with firefox(tmp_path) as evaluate:
+        written, candidates = evaluate(path, code)
+    assert written == written_by_python(trained, songs[:7], SamplingParams(max_new_tokens=100, seed=1))
+    assert candidates in (10, 11)
 
 
 def test_text_can_be_stopped_continued_and_undone(tab, songs):

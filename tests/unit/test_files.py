@@ -45,6 +45,14 @@ def test_files_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     assert events == ["a.txt", ".out-new.tmp", "rename", tmp_path.name]
 
 
+def test_one_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    events, fsync, replace = [], files.fsync, Path.replace
+    monkeypatch.setattr(files, "fsync", lambda path: (events.append(path.suffix), fsync(path)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("replace"), replace(path, to)))
+    files.write_atomically(tmp_path / "a.txt", b"text")
+    assert events == [".tmp", "replace", tmp_path.suffix]
+
+
 def test_remains_of_a_killed_process_are_removed_by_the_next_write(tmp_path):
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a.txt").write_text("old")
