@@ -283,6 +283,29 @@ def summary() -> None:
 
 
 @cli.command()
+@click.argument("experiments", nargs=-1)
+@click.option("--seeds", is_flag=True, help="group trainings that differ only in train.seed; show mean ± deviation")
+def compare(experiments: tuple[str, ...], seeds: bool) -> None:
+    """Compare EXPERIMENTS: their params, and their losses on the same text.
+
+    Each is a DVC experiment, a git revision, a folder with a workspace, or `workspace`. The difference of two losses
+    is paired: both models score the same characters. Without EXPERIMENTS, the command lists those of this workspace,
+    the best first.
+
+    \b
+    minigpt compare
+    minigpt compare main gyral-snob
+    minigpt compare ../other workspace
+    minigpt compare --seeds
+    """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
+    from minigpt.comparison import tables
+    from minigpt.comparison.experiment import find
+
+    chosen = [find(name) for name in experiments]
+    click.echo(tables.comparison(chosen, seeds) if chosen else tables.overview(seeds))
+
+
+@cli.command()
 def sync() -> None:
     """Upload runs that are not in MLflow yet."""
     from minigpt.tracking.store import resolve_tracking_uri

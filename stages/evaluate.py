@@ -1,6 +1,7 @@
 """Score the trained model on every character, compare it with n-gram models, and break its loss down.
 
-python -m stages.evaluate        models/gpt, data/prepared -> results/evaluate/{metrics.json,*.csv}
+python -m stages.evaluate        models/gpt, data/prepared, results/train/metrics.json
+                                 -> results/evaluate/{scores.json,metrics.json,losses.npz,*.csv}
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params
-from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
+from minigpt.files import atomic_directory, check_replaceable, require_json, write_csv, write_json
 from minigpt.runtime import cpu
 from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
-    from minigpt.data.dataset import Corpus, Split
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from minigpt.data.dataset import Corpus, EvalBatch, Split
     from minigpt.evaluation.breakdown import Breakdown
+    from minigpt.evaluation.character_losses import CharacterLosses
     from minigpt.evaluation.loss import Score
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
-
-Z_95 = 1.96
-"""Standard errors on either side of an estimate in a 95 % confidence interval."""
 
 SHORT, UNCERTAIN = 10_000, 0.01
 """A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
@@ -52,33 +55,49 @@ def main() -> None:
 
     breakdown = Breakdown(model.config.block_size, tokenizer, device)
     stride = settings.evaluate.stride or model.config.block_size // 2
-    metrics = {
-        "val": score_validation(model, corpus.val, stride, breakdown),
-        "train": score_training(model, corpus.train, settings.evaluate.train_chars),
-        "baselines": score_ngrams(corpus),
-    }
+    val, losses = score_validation(model, corpus, stride, breakdown)
+    baselines, versus_ngram = score_baselines(corpus, losses)
+    train = score_training(model, corpus.train, settings.evaluate.train_chars)
+    metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
     compared = compare(metrics)
     with atomic_directory(RESULTS / "evaluate") as folder:
         breakdown.write(folder)
+        losses.save(folder)
         write_csv(folder / "baselines.csv", compared)
         write_json(folder / "metrics.json", metrics)
+        write_json(folder / "scores.json", scores(metrics, require_json(RESULTS / "train" / "metrics.json", "metrics")))
     track(tracker, settings, metrics, breakdown, compared)
 
 
-def score_validation(model: GPT, val: Split, stride: int, breakdown: Breakdown) -> dict[str, Any]:
-    """Score the validation split without overlap, with overlapping windows, and with rounded weights."""
+def score_validation(
+    model: GPT, corpus: Corpus, stride: int, breakdown: Breakdown
+) -> tuple[dict[str, Any], CharacterLosses]:
+    """Score the validation split without overlap, with overlapping windows, and with rounded weights.
+
+    Returns:
+        the metrics, and the loss of each character without overlap.
+    """
+    from minigpt.evaluation import paired
+    from minigpt.evaluation.character_losses import LossRecorder, text_digest
     from minigpt.evaluation.loss import score
     from minigpt.quantize import loss_by_weights
 
-    scored = score(model, val, callback=breakdown.add)
+    val, recorder = corpus.val, LossRecorder(len(corpus.val) - 1)
+
+    def record(batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
+        breakdown.add(batch, logits, nats)
+        recorder.add(batch, logits, nats)
+
+    scored = score(model, val, callback=record)
     metrics = summarize("val", scored)
-    if scored.windows > 1:
-        metrics["standard_error"] = scored.standard_error
-        margin = Z_95 * scored.standard_error
-        if scored.count < SHORT or margin > UNCERTAIN * scored.loss:
+    losses = recorder.result(text_digest(val.tokens.numpy(force=True), corpus.tokenizer))
+    estimate = paired.loss(losses)
+    if math.isfinite(estimate.standard_error):
+        metrics["standard_error"] = estimate.standard_error
+        if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
             print(
                 f"minigpt: the validation split is short: {scored.count:,} characters determine the loss to "
-                f"+-{margin:.2g} nats (95 % confidence); smaller differences between models may be chance"
+                f"+-{estimate.margin:.2g} nats (95 % confidence)"
             )
     overlapping = score(model, val, stride)
     print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
@@ -86,13 +105,14 @@ def score_validation(model: GPT, val: Split, stride: int, breakdown: Breakdown) 
     by_weights = loss_by_weights(model, lambda other: scored.loss if other is model else score(other, val).loss)
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
     print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
-    return metrics | {
+    metrics |= {
         "stride": stride,
         "loss_at_stride": overlapping.loss,
         "accuracy": breakdown.accuracy,
         "calibration_error": breakdown.calibration_error,
         "loss_by_weights": by_weights,
     }
+    return metrics, losses
 
 
 def score_training(model: GPT, train: Split, max_chars: int) -> dict[str, Any]:
@@ -118,14 +138,48 @@ def summarize(name: str, scored: Score) -> dict[str, Any]:
     return {"loss": scored.loss, "bits_per_character": bits, "perplexity": scored.perplexity, "characters": count}
 
 
-def score_ngrams(corpus: Corpus) -> dict[str, float]:
-    """Score the validation split with n-gram models of the training split."""
-    from minigpt.evaluation import ngrams
+def score_baselines(corpus: Corpus, losses: CharacterLosses) -> tuple[dict[str, float], dict[str, Any]]:
+    """Score the validation split with n-gram models of the training split, and compare the best with ``losses``.
+
+    Returns:
+        the losses of the n-gram models, and the paired difference of the GPT and the best of them.
+    """
+    from minigpt.evaluation import ngrams, paired
+    from minigpt.evaluation.character_losses import LossRecorder
 
     train, val = (split.tokens.numpy(force=True) for split in (corpus.train, corpus.val))
-    losses = ngrams.ngram_losses(train, val, corpus.tokenizer.vocab_size)
-    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + " nats")
-    return losses | {"characters": min(len(train), ngrams.MAX_TRAIN_CHARS)}
+    model = ngrams.count_ngrams(train, corpus.tokenizer.vocab_size)
+    recorders = [LossRecorder(len(val) - 1) for _ in range(model.order)]
+
+    def record(nats: NDArray[np.float64]) -> None:
+        for recorder, values in zip(recorders, nats, strict=True):
+            recorder.extend(values)
+
+    baselines = ngrams.score_ngrams(model, val, record)
+    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items()) + " nats")
+    names = list(baselines)[1:]  # without uniform guessing
+    best = min(names, key=lambda name: baselines[name])
+    versus = {"name": best, "loss": baselines[best], "difference": paired.loss(losses).value - baselines[best]}
+    if recorders[0].characters == losses.characters:  # not if the split is so long that only a sample is scored
+        estimate = paired.difference(recorders[names.index(best)].result(losses.text), losses)
+        if math.isfinite(estimate.standard_error):
+            versus |= {"standard_error": estimate.standard_error}
+    return baselines | {"characters": min(len(train), ngrams.MAX_TRAIN_CHARS)}, versus
+
+
+def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    """Return the few metrics by which experiments are compared, from those of this stage and of the stage train."""
+    val = metrics["val"]
+    return {
+        "val_loss": val["loss"],
+        **({"standard_error": val["standard_error"]} if "standard_error" in val else {}),
+        "bits_per_character": val["bits_per_character"],
+        "versus_ngram": metrics["versus_ngram"]["difference"],
+        "train_loss": metrics["train"]["loss"],
+        "best_step": train["best_step"],
+        "parameters": train["parameters"],
+        "train_seconds": train["train_seconds"],
+    }
 
 
 def compare(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,7 +206,8 @@ def track(
         )
         if chart.exists():
             tracker.journal.artifact(chart, "evaluate")
-    tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), params.flatten(metrics))
+    numbers = {name: value for name, value in params.flatten(metrics).items() if not isinstance(value, str)}
+    tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), numbers)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Losses to compare a model with: uniform guessing, and n-gram models with Kneser-Ney smoothing."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,18 +111,31 @@ class NGrams:
 
 
 def ngram_losses(train: Ids, val: Ids, vocab_size: int) -> dict[str, float]:
-    """Return the nats per character of ``val``, each target scored once, under n-gram models of ``train``.
+    """Return the nats per character of ``val``, each target scored once, under n-gram models of ``train``."""
+    return score_ngrams(count_ngrams(train, vocab_size), val)
 
-    The models are ``uniform`` (ln V), ``unigram``, and ``2-gram`` to ``6-gram``, or fewer if ``train`` is shorter. The
-    last MAX_TRAIN_CHARS of ``train`` are counted. If ``val`` is longer than MAX_VAL_CHARS, a sample is scored.
+
+def count_ngrams(train: Ids, vocab_size: int) -> NGrams:
+    """Return n-gram models of the last MAX_TRAIN_CHARS of ``train``."""
+    return NGrams(np.asarray(train[-MAX_TRAIN_CHARS:]), vocab_size)
+
+
+def score_ngrams(model: NGrams, text: Ids, callback: Callable[[Floats], object] | None = None) -> dict[str, float]:
+    """Return the nats per character of ``text`` under n-gram models, each target scored once.
+
+    The models are ``uniform`` (ln V), ``unigram``, and ``2-gram`` to ``6-gram``, or fewer if the training text is
+    shorter. If ``text`` is longer than MAX_VAL_CHARS, a sample is scored. Otherwise ``callback`` is called with -ln p
+    of the next characters under the model of each order, shape (order, n), until all are scored.
     """
-    model = NGrams(np.asarray(train[-MAX_TRAIN_CHARS:]), vocab_size)
     totals, targets = np.zeros(model.order), 0
-    starts, most = range(1, len(val), CHUNK), max(1, MAX_VAL_CHARS // CHUNK)
-    for start in starts if len(starts) <= most else np.linspace(1, starts[-2], most).astype(np.int64).tolist():
+    starts, most = range(1, len(text), CHUNK), max(1, MAX_VAL_CHARS // CHUNK)
+    sampled = len(starts) > most
+    for start in np.linspace(1, starts[-2], most).astype(np.int64).tolist() if sampled else starts:
         begin = max(0, start + 1 - ORDER)
-        scored = model.nats(np.asarray(val[begin : start + CHUNK]))[:, start - begin - 1 :]
+        scored = model.nats(np.asarray(text[begin : start + CHUNK]))[:, start - begin - 1 :]
         totals += scored.sum(1)
         targets += scored.shape[1]
+        if callback and not sampled:
+            callback(scored)
     names = ["unigram", *(f"{n}-gram" for n in range(2, model.order + 1))]
-    return {"uniform": math.log(vocab_size)} | dict(zip(names, (totals / targets).tolist(), strict=True))
+    return {"uniform": math.log(model.vocab_size)} | dict(zip(names, (totals / targets).tolist(), strict=True))

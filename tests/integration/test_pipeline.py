@@ -95,7 +95,8 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     assert stages_run(printed) == ["prepare", "train", "evaluate", "sample"]
     for name in (
         "data/prepared/train.npy", "models/gpt/model.safetensors", "results/train/metrics.json",
-        "results/evaluate/metrics.json", "results/evaluate/positions.csv", "results/evaluate/characters.csv",
+        "results/evaluate/metrics.json", "results/evaluate/scores.json", "results/evaluate/losses.npz",
+        "results/evaluate/positions.csv", "results/evaluate/characters.csv",
         "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
         "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
         "results/sample/page.html", "results/train/samples.csv",
@@ -218,22 +219,34 @@ def test_sampled_training_split_has_a_sampling_error(copy):
 
 
 def test_experiment_is_a_row_in_dvc_and_a_run_in_mlflow(copy):
+    for arguments in (("add", "dvc.lock"), ("commit", "--quiet", "--message", "First run")):
+        assert command("git", *arguments, cwd=copy).returncode == 0
     ran = command("dvc", "exp", "run", "--name", "wider", "-S", "model.n_embd=512", cwd=copy)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert stages_run(ran.stdout + ran.stderr) == ["train", "evaluate", "sample"]
     shown = command("dvc", "exp", "show", "--csv", "--no-pager", cwd=copy).stdout
     rows = {row["Experiment"]: row for row in csv.DictReader(shown.splitlines())}
     assert rows["wider"]["model.n_embd"] == "512"
-    assert float(rows["wider"]["val.loss"]) > 0
+    assert float(rows["wider"]["val_loss"]) > 0
     _, found = runs(copy)
     assert len(found) == 2
     assert found[0].info.run_name == "wider"
     assert found[0].data.params["model.n_embd"] == "512"
     assert found[0].data.tags["dvc.experiment"] == "wider"
+    listed = python("-m", "minigpt", "compare", cwd=copy).stdout.splitlines()
+    branch = command("git", "symbolic-ref", "--short", "HEAD", cwd=copy).stdout.strip()
+    assert {line.split()[0] for line in listed[1:3]} == {"wider*", branch}
+    assert max(map(len, listed)) <= 100
+    compared = python("-m", "minigpt", "compare", "HEAD", "wider", cwd=copy)
+    assert re.search(r"^model.n_embd +20 +512$", compared.stdout, re.MULTILINE), compared.stderr
+    assert re.search(r"\n(HEAD|wider) is better than (HEAD|wider) by \d\.\d{4} ± 0\.\d{4} nats\n", compared.stdout)
+    assert python("-m", "minigpt", "compare", "widr", cwd=copy).stderr.endswith("; did you mean wider?\n")
 
 
 def test_dvc_shows_plots_metrics_and_params(copy):
-    assert "val.loss" in command("dvc", "metrics", "show", cwd=copy).stdout
+    shown = command("dvc", "metrics", "show", cwd=copy).stdout
+    assert "val_loss" in shown
+    assert max(map(len, shown.splitlines())) <= 160
     set_params(copy, {"model": {"n_embd": 21}})
     changed = json.loads(command("dvc", "params", "diff", "--json", cwd=copy).stdout)
     assert changed["params.yaml"]["model.n_embd"]["new"] == 21

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "generation": EVALUATION,
     "training": {"generation", *EVALUATION},
     "page": {"evaluation", "export", "quantize", *MODEL},
+    "comparison": {"evaluation", "data", *BASE},
     "summary": {"tracking", *BASE},
-    "cli": {"profiles", "summary", "page", "training", "generation", *EVALUATION},
+    "cli": {"profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -64,6 +65,11 @@ def test_core_does_not_import_mlflow_or_dvc(part):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & {"mlflow", "dvc"}, file
+
+
+def test_comparison_imports_neither_torch_nor_mlflow():
+    code = "import sys, minigpt.comparison.tables; print(sorted({'torch', 'mlflow', 'dvc'} & set(sys.modules)))"
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "[]"
 
 
 def test_stages_and_commands_start_without_torch_mlflow_and_dvc():

@@ -1,0 +1,201 @@
+"""Experiments and their results, read from a folder, a DVC experiment or a git revision.
+
+A folder has the files as they are. The files of a revision are in git or, if a stage wrote them, in DVC's cache or
+remote. Results are those of the params in ``dvc.lock``: ``params.yaml`` may have been edited since.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from minigpt import params
+from minigpt.errors import UserError
+from minigpt.evaluation.character_losses import FILE, CharacterLosses
+
+RESULTS = PurePosixPath("results")
+Row = dict[str, Any]
+
+
+class Files(Protocol):
+    """Files of an experiment."""
+
+    def read(self, path: str | PurePosixPath) -> bytes | None:
+        """Return the content of a file, or None if the experiment does not have it."""
+
+
+class Folder:
+    """Files of a workspace on the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, path: str | PurePosixPath) -> bytes | None:
+        """Return the content of a file, or None if there is none."""
+        try:
+            return (self.root / path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{self.root / path}: not readable: {error.strerror}") from None
+
+
+class Revision:
+    """Files of a git commit of the repository in the working directory, with the outputs of its stages."""
+
+    def __init__(self, commit: str) -> None:
+        self.commit = commit
+        self._known: dict[str, bytes | None] = {}
+
+    def read(self, path: str | PurePosixPath) -> bytes | None:
+        """Return the content of a file, or None if the commit does not have it or neither cache nor remote has it."""
+        if str(path) not in self._known:
+            self._known[str(path)] = self._read(str(path))
+        return self._known[str(path)]
+
+    def _read(self, path: str) -> bytes | None:
+        shown = subprocess.run(["git", "show", f"{self.commit}:./{path}"], capture_output=True, check=False)
+        if shown.returncode == 0:
+            return shown.stdout
+        from dvc.exceptions import DvcException
+
+        try:
+            return bytes(self._outputs.read_bytes(path))
+        except (OSError, DvcException):
+            return None
+
+    @cached_property
+    def _outputs(self) -> Any:
+        from dvc.api import DVCFileSystem  # takes about a second to import
+
+        return DVCFileSystem(rev=self.commit)
+
+
+@dataclass
+class Experiment:
+    """One experiment: the name by which the user calls it, and its files.
+
+    ``created`` is the time of its commit in seconds since 1970; 0 for a folder.
+    """
+
+    name: str
+    files: Files
+    created: int = 0
+    baseline: str = field(default="", kw_only=True)
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """Params of the results by dotted name; keys that were renamed have their present names."""
+        tree = self._yaml("params.yaml")
+        stages = self._yaml("dvc.lock").get("stages") or {}
+        for stage in stages.values() if isinstance(stages, dict) else ():
+            tree |= stage.get("params", {}).get("params.yaml", {})
+        return {params.RENAMED.get(name, name): value for name, value in params.flatten(tree).items()}
+
+    def _yaml(self, path: str) -> dict[str, Any]:
+        content = params.read_yaml((self.files.read(path) or b"").decode("utf-8", "replace"), f"{self.name}: {path}")
+        return content if isinstance(content, dict) else {}
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """Return ``metrics.json`` of a stage, empty if there is none."""
+        return self._json(RESULTS / stage / "metrics.json")
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """Key, name and date of the MLflow run, as far as they are known."""
+        return self._json(RESULTS / "train" / "run.json")
+
+    def _json(self, path: PurePosixPath) -> dict[str, Any]:
+        with suppress(ValueError, RecursionError):
+            content = json.loads(self.files.read(path) or b"{}")
+            if isinstance(content, dict):
+                return content
+        raise UserError(f"{self.name}: {path}: damaged; `dvc checkout dvc.yaml` restores it")
+
+    def table(self, path: str) -> list[Row]:
+        """Return the rows of a CSV file below ``results``, with numbers as numbers; empty if there is none."""
+        text = (self.files.read(RESULTS / path) or b"").decode("utf-8", "replace")
+        return [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+    @cached_property
+    def losses(self) -> CharacterLosses:
+        """Losses of the characters of the validation split.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        path = RESULTS / "evaluate" / FILE
+        content = self.files.read(path)
+        if content is None:
+            raise UserError(
+                f"{self.name}: {path} is missing: fetch it with `dvc pull` or `dvc exp pull`; an experiment that was "
+                "evaluated before this file existed needs `dvc repro evaluate`"
+            )
+        return CharacterLosses.load(io.BytesIO(content), f"{self.name}: {path}")
+
+    @cached_property
+    def val_loss(self) -> float | None:
+        """Validation loss in nats per character, or None if it was not measured."""
+        value = self.metrics("evaluate").get("val", {}).get("loss")
+        return float(value) if isinstance(value, int | float) else None
+
+
+def _number(cell: str | None) -> Any:
+    try:
+        return float(cell or "")
+    except ValueError:
+        return cell
+
+
+def git(*arguments: str) -> str | None:
+    """Return what git prints, without the last line end, or None if it fails or is not installed."""
+    try:
+        ran = subprocess.run(["git", *arguments], capture_output=True, check=True, text=True, errors="replace")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ran.stdout.rstrip("\n")
+
+
+def experiments() -> Iterator[Experiment]:
+    """Yield the DVC experiments of this repository that ran to the end, the newest first."""
+    pattern = "%(refname) %(objectname) %(committerdate:unix)"
+    listed = git("for-each-ref", f"--format={pattern}", "--sort=-committerdate", "refs/exps") or ""
+    for line in listed.splitlines():
+        if found := re.fullmatch(r"refs/exps/([0-9a-f]{2}/[0-9a-f]{38,})/(\S+) ([0-9a-f]+) (\d+)", line):
+            baseline, name, commit, created = found.groups()
+            yield Experiment(name, Revision(commit), int(created), baseline=baseline.replace("/", ""))
+
+
+def find(name: str) -> Experiment:
+    """Return the experiment that the user means: a folder, a DVC experiment, a run or a git revision, in this order.
+
+    ``workspace`` is the folder in which the command runs. A run is named by its MLflow name, or by at least 6 digits of
+    its key.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name == "workspace" or Path(name).is_dir():
+        root = Path() if name == "workspace" else Path(name)
+        if not (root / RESULTS).is_dir():
+            raise UserError(f"{name}: has no folder {RESULTS}; expected the folder of a workspace after `dvc repro`")
+        return Experiment(name, Folder(root))
+    known = list(experiments())
+    if found := next((each for each in known if each.name == name), None):
+        return found
+    if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
+        return Experiment(name, Revision(commit))
+    import difflib
+
+    close = difflib.get_close_matches(name, [each.name for each in known], n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; `minigpt compare` lists the experiments"
+    raise UserError(f"{name}: no folder, DVC experiment or git revision has this name{hint}")

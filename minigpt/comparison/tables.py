@@ -1,0 +1,254 @@
+"""Tables of experiments for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from minigpt import params
+from minigpt.comparison.experiment import Experiment, Folder, Revision, experiments, git
+from minigpt.errors import UserError
+from minigpt.evaluation import paired
+from minigpt.evaluation.paired import Estimate
+
+WIDTH = 100
+MAX_PAIRS = 10
+"""Pairs that are compared with each other; of more, only those with the best experiment."""
+
+SEED = "train.seed"
+MEANING = "After ±: standard error, for text like the validation split. Verdicts have 95 % confidence."
+ABOUT_MODELS = "They are about these trained models; --seeds shows how much the seed alone changes a loss."
+
+
+def overview(seeds: bool = False) -> str:
+    """Return a table of the experiments of this workspace, the lowest validation loss first."""
+    rows = _known()
+    if not rows:
+        raise UserError("no experiment has results yet; `dvc repro` or `dvc exp run` makes one")
+    reference = _committed_params() or rows[0].params
+    if seeds:
+        return seed_table(group_by_seed(rows), reference)
+    rows.sort(key=lambda each: each.val_loss if each.val_loss is not None else math.inf)
+    here = _identity(Experiment("workspace", Folder(Path())))
+    table = [["experiment", "loss", "to the best", "parameters", "time", "changed params"]]
+    for each in rows:
+        mark = "*" if _identity(each) == here and each.name != "workspace" else ""
+        train = each.metrics("train")
+        table.append([
+            each.name + mark, _loss(each), "" if each is rows[0] else _to_best(rows[0], each),
+            _count(train.get("parameters")), duration(train.get("train_seconds")),
+            changes(reference, each.params),
+        ])  # fmt: skip
+    notes = [MEANING, '"=" before a difference: it may be luck.']
+    if any(row[0].endswith("*") for row in table):
+        notes.append("* has the results in the workspace.")
+    return "\n".join([*align(table, left=(0, 5)), "", *notes])
+
+
+def _known() -> list[Experiment]:
+    """Return the experiments, the current commit and the workspace; each result once, under its best-known name."""
+    candidates = list(experiments())
+    if commit := git("rev-parse", "--verify", "--quiet", "HEAD"):
+        branch = git("symbolic-ref", "--short", "--quiet", "HEAD") or commit[:7]
+        candidates.append(Experiment(branch, Revision(commit)))
+    candidates.append(Experiment("workspace", Folder(Path())))
+    found: dict[Any, Experiment] = {}
+    for each in candidates:
+        if each.val_loss is not None:
+            found.setdefault(_identity(each), each)
+    return list(found.values())
+
+
+def _identity(experiment: Experiment) -> Any:
+    """Return a value that is equal for copies of one result."""
+    run = experiment.run.get("run")
+    return run, experiment.val_loss, tuple(sorted((name, str(value)) for name, value in experiment.params.items()))
+
+
+def _committed_params() -> dict[str, Any]:
+    """Return the params that git has committed, empty without git."""
+    text = git("show", "HEAD:./params.yaml")
+    tree = params.read_yaml(text, "HEAD:params.yaml") if text else None
+    return params.flatten(tree) if isinstance(tree, dict) else {}
+
+
+def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
+    """Return the params that differ, the losses, and the paired difference of each pair; or with ``seeds`` the groups.
+
+    Raises:
+        UserError: an experiment has no results, or two were not measured on the same text.
+    """
+    for each in chosen:
+        if each.val_loss is None:
+            raise UserError(f"{each.name}: no validation loss; `dvc repro evaluate` or `dvc pull` brings its results")
+    if seeds:
+        return seed_table(group_by_seed(chosen), chosen[0].params)
+    rows = differing([each.params for each in chosen])
+    keys = [[name, *map(_value, values)] for name, values in rows.items()]
+    trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
+    results = [
+        ["MLflow run", *(str(each.run.get("name") or "") for each in chosen)],
+        ["validation loss", *map(_loss, chosen)],
+        ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
+        ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
+        ["parameters", *(_count(metrics.get("parameters")) for metrics in trained)],
+        ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
+    ]
+    if any("test" in metrics for metrics in measured):
+        results.insert(1, ["test loss", *(_digits(metrics.get("test", {}).get("loss")) for metrics in measured)])
+    lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
+    return "\n".join([*lines, "", *verdicts(chosen), "", MEANING, ABOUT_MODELS])
+
+
+def verdicts(chosen: Sequence[Experiment]) -> list[str]:
+    """Return one sentence on each pair."""
+    pairs = list(itertools.combinations(chosen, 2))
+    if len(pairs) > MAX_PAIRS:
+        best = min(chosen, key=lambda each: each.val_loss or math.inf)
+        pairs = [(best, each) for each in chosen if each is not best]
+    lines = []
+    for first, second in pairs:
+        try:
+            estimate = paired.difference(first.losses, second.losses)
+        except UserError as error:
+            raise UserError(f"{first.name} and {second.name}: {error}") from None
+        lines.append(verdict(first.name, second.name, estimate))
+    return lines
+
+
+def verdict(first: str, second: str, estimate: Estimate) -> str:
+    """Return a sentence on the paired difference of two losses, that of the second minus that of the first."""
+    if math.isnan(estimate.standard_error):
+        return f"{first}, {second}: {estimate.value:+.4f} nats; the text is too short to say whether this is luck"
+    if estimate == Estimate(0, 0):
+        return f"{first}, {second}: every character has the same loss"
+    size = f"{abs(estimate.value):.4f} ± {estimate.standard_error:.4f} nats"
+    if not estimate.significant:
+        return f"{first}, {second}: no significant difference ({size})"
+    better, worse = (second, first) if estimate.value < 0 else (first, second)
+    return f"{better} is better than {worse} by {size}"
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of the params that are not the same in all experiments."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    rows = {name: [each.get(name) for each in settings] for name in names}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def changes(reference: dict[str, Any], changed: dict[str, Any]) -> str:
+    """Return the params that differ from those of ``reference``, as ``n_embd=512 train.seed=2``."""
+    sections = Counter(name.rpartition(".")[2] for name in reference)
+    return " ".join(
+        f"{name if sections[name.rpartition('.')[2]] > 1 else name.rpartition('.')[2]}={_value(new)}"
+        for name, (_, new) in differing([reference, changed]).items()
+    )
+
+
+def group_by_seed(chosen: Iterable[Experiment]) -> list[list[Experiment]]:
+    """Return the experiments in groups that differ only in ``train.seed``."""
+    groups: dict[Any, list[Experiment]] = {}
+    for each in chosen:
+        rest = tuple(sorted((name, str(value)) for name, value in each.params.items() if name != SEED))
+        groups.setdefault(rest, []).append(each)
+    return list(groups.values())
+
+
+def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:
+    """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first."""
+    rows = []
+    for group in groups:
+        losses = [each.val_loss for each in group if each.val_loss is not None]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        setting = {name: value for name, value in group[0].params.items() if name != SEED}
+        others = {name: value for name, value in reference.items() if name != SEED}
+        name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        mean = statistics.mean(losses)
+        rows.append((mean, [name, f"{mean:.4f}{spread}", str(len(group)), changes(others, setting)]))
+    table = [["experiments", "mean loss", "seeds", "changed params"], *(row for _, row in sorted(rows))]
+    note = "After ±: standard deviation over the seeds. Differences of this size are the luck of a seed."
+    return "\n".join([*align(table, left=(0, 3)), "", note])
+
+
+def _to_best(best: Experiment, other: Experiment) -> str:
+    """Return the paired difference of two losses; nothing if they cannot be compared."""
+    with suppress(UserError):
+        estimate = paired.difference(best.losses, other.losses)
+        if math.isfinite(estimate.standard_error):
+            sign = "" if estimate.significant else "= "
+            return f"{sign}{estimate.value:+.4f} ± {estimate.standard_error:.4f}"
+    return ""
+
+
+def _loss(experiment: Experiment) -> str:
+    error = experiment.metrics("evaluate").get("val", {}).get("standard_error")
+    return _digits(experiment.val_loss) + (f" ± {error:.4f}" if isinstance(error, int | float) else "")
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _count(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) else ""
+
+
+def duration(seconds: Any) -> str:
+    """Return a time with its unit."""
+    if not isinstance(seconds, int | float):
+        return ""
+    for limit, size, unit in ((100, 1, "s"), (6000, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
+
+
+def align(table: list[list[str]], left: tuple[int, ...], width: int = WIDTH) -> list[str]:
+    """Return the rows of a table as lines of at most ``width`` columns.
+
+    The columns ``left`` are aligned on the left. The last column is shortened if necessary.
+    """
+    sizes = [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
+    used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
+    sizes[-1] = min(sizes[-1], max(4, width - used))
+    lines = []
+    for row in table:
+        cells = [*row[:-1], shorten(row[-1], sizes[-1])] if row else []
+        aligned = [
+            cell.ljust(size) if column in left else cell.rjust(size)
+            for column, (cell, size) in enumerate(zip(cells, sizes, strict=False))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return lines
+
+
+def _in_parts(table: list[list[str]]) -> list[str]:
+    """Return a table with one column per experiment, in several parts below each other if it is too wide."""
+    names, *columns = (list(column) for column in itertools.zip_longest(*table, fillvalue=""))
+    columns = [[shorten(cell, WIDTH // 3) for cell in column] for column in columns]
+    size, lines = max(map(len, names)) + 2, list[str]()
+    while columns:
+        part, used = list[list[str]](), size
+        while columns and (not part or used + max(map(len, columns[0])) <= WIDTH):
+            used += max(map(len, columns[0])) + 2
+            part.append(columns.pop(0))
+        rows = [list(row) for row in zip(names, *part, strict=True)]
+        lines += [*align(rows, left=(0,)), *([""] if columns else [])]
+    return lines
+
+
+def shorten(text: str, size: int) -> str:
+    """Return ``text``, with an ellipsis if it has more than ``size`` characters."""
+    return text if len(text) <= size else text[: max(0, size - 1)] + "…"

@@ -1,0 +1,42 @@
+import pytest
+import yaml
+from helpers.experiments import results_folder, two_losses
+
+from minigpt.comparison.experiment import Experiment, Folder, find
+from minigpt.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return results_folder(tmp_path / "first", two_losses()[0])
+
+
+def test_folder_has_its_params_metrics_and_losses(folder):
+    found = find(str(folder))
+    assert found.params["model.n_embd"] == 128
+    assert found.val_loss == found.metrics("evaluate")["val"]["loss"]
+    assert found.losses.nats.sum() / 6000 == pytest.approx(found.val_loss)
+    assert found.table("train/history.csv")[1] == {"step": 25, "train_loss": 2.5, "val_loss": 2.6}
+    assert found.table("train/none.csv") == []
+
+
+def test_params_of_the_lock_file_are_those_of_the_results(folder):
+    stages = {"train": {"params": {"params.yaml": {"train": {"seed": 1, "token_dropout": 0.5}}}}, "sample": {}}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    settings = Experiment("first", Folder(folder)).params
+    assert settings["train.seed"] == 1
+    assert settings["train.token_noise"] == 0.5  # the present name of token_dropout
+    assert settings["model.n_embd"] == 128
+
+
+def test_missing_and_damaged_results_are_reported(folder, tmp_path):
+    (folder / "results/evaluate/losses.npz").unlink()
+    with pytest.raises(UserError, match=r"results/evaluate/losses.npz is missing: fetch it with `dvc pull`"):
+        _ = find(str(folder)).losses
+    (folder / "results/evaluate/metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"results/evaluate/metrics.json: damaged"):
+        _ = find(str(folder)).val_loss
+    with pytest.raises(UserError, match="has no folder results"):
+        find(str(tmp_path))
+    with pytest.raises(UserError, match="no folder, DVC experiment or git revision has this name"):
+        find("--all")

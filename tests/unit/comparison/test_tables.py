@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from helpers.experiments import results_folder, two_losses
+
+from minigpt.comparison import tables
+from minigpt.comparison.experiment import Experiment, Folder
+from minigpt.errors import UserError
+from minigpt.evaluation.paired import Estimate
+
+
+@pytest.fixture
+def pair(tmp_path):
+    first, second = two_losses()
+    return [
+        Experiment("first", Folder(results_folder(tmp_path / "first", first))),
+        Experiment("second", Folder(results_folder(tmp_path / "second", second, model={"n_embd": 512}))),
+    ]
+
+
+def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
+    lines = tables.comparison(pair).splitlines()
+    assert [line.split() for line in lines if line.startswith(("model.", "train."))] == [["model.n_embd", "128", "512"]]
+    (loss,) = [line for line in lines if line.startswith("validation loss")]
+    assert f"{pair[0].val_loss:.4f} ± 0.0" in loss
+    assert "run of first" in lines[1]
+    (verdict,) = [line for line in lines if "better" in line]
+    assert verdict.startswith("second is better than first by 0.0")
+    assert verdict.endswith(" nats")
+
+
+def test_table_of_many_experiments_fits_into_the_terminal(tmp_path):
+    losses, _ = two_losses()
+    chosen = []
+    for number in range(7):
+        changes = {"model": {"n_embd": 100 + number}, "train": {"learning_rate": 0.01 * (number + 1), "seed": number}}
+        folder = results_folder(tmp_path / f"a long name {number}" / "deep", losses + number, **changes)
+        chosen.append(Experiment(f"experiment-with-a-long-name-{number}", Folder(folder)))
+    lines = tables.comparison(chosen).splitlines()
+    assert max(map(len, lines)) <= tables.WIDTH
+    assert sum(line.startswith("validation loss") for line in lines) > 1
+    assert sum("is better than" in line for line in lines) == 6  # with the best one alone
+
+
+@pytest.mark.parametrize(
+    "estimate, sentence",
+    [
+        (Estimate(-0.02, 0.004), "b is better than a by 0.0200 ± 0.0040 nats"),
+        (Estimate(0.02, 0.004), "a is better than b by 0.0200 ± 0.0040 nats"),
+        (Estimate(0.002, 0.004), "a, b: no significant difference (0.0020 ± 0.0040 nats)"),
+        (Estimate(0.0, 0.0), "a, b: every character has the same loss"),
+        (Estimate(0.1, float("nan")), "a, b: +0.1000 nats; the text is too short to say whether this is luck"),
+    ],
+)
+def test_verdict_is_one_plain_sentence(estimate, sentence):
+    assert tables.verdict("a", "b", estimate) == sentence
+
+
+def test_experiments_on_different_texts_are_not_compared(tmp_path, pair):
+    other = results_folder(tmp_path / "other", two_losses()[0], text="another text")
+    with pytest.raises(UserError, match=r"^first and other: the validation texts differ"):
+        tables.comparison([pair[0], Experiment("other", Folder(other))])
+
+
+def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
+    losses, _ = two_losses()
+    chosen = []
+    for number, shift in enumerate((0.0, 0.1, 0.3, 0.5)):
+        changes = {"model": {"n_embd": 512}} if number == 3 else {}
+        folder = results_folder(tmp_path / str(number), losses + shift, seed=number, **changes)
+        chosen.append(Experiment(f"e{number}", Folder(folder)))
+    lines = tables.comparison(chosen, seeds=True).splitlines()
+    mean = float(np.mean([each.val_loss for each in chosen[:3]]))
+    assert lines[1].split() == ["e0", "and", "2", "more", f"{mean:.4f}", "±", "0.1528", "3"]
+    assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "n_embd=512"]
+
+
+def test_changes_name_the_section_only_where_a_name_is_ambiguous():
+    before = {"train.seed": 1, "sample.seed": 1, "model.n_embd": 2, "model.bias": False, "sample.stop": []}
+    after = {"train.seed": 2, "sample.seed": 1, "model.n_embd": 3, "model.bias": True, "data.split": "end"}
+    assert tables.changes(before, after) == "train.seed=2 n_embd=3 bias=true stop=- split=end"
+    assert tables.changes(before, before) == ""
+
+
+@pytest.mark.parametrize("seconds, text", [(0.71, "0.71 s"), (92, "92 s"), (222, "3.7 min"), (7200, "2 h"), ("", "")])
+def test_times_have_a_unit(seconds, text):
+    assert tables.duration(seconds) == text
