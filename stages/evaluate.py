@@ -152,6 +152,7 @@ def track(
         )
         if chart.exists():
             tracker.journal.artifact(chart, "evaluate")
+    tracker.note(RESULTS, "train", "evaluate")
     tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), params.flatten(metrics))
 
 
