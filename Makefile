@@ -84,7 +84,7 @@ page: $(VENV)/installed  ## open the web page that contains the model
 	@python -c 'import pathlib, sys, webbrowser; page = pathlib.Path("results/sample/page.html").resolve(); page.exists() or sys.exit("minigpt: no page yet; run make"); webbrowser.open(page.as_uri()) or print(page)'
 
 ui: $(VENV)/installed  ## start MLflow with the runs of this repository
-	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}
+	@minigpt ui --port $${PORT:-5000}
 
 sync: $(VENV)/installed  ## upload runs that are not in MLflow yet
 	@minigpt sync

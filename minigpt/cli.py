@@ -283,6 +283,15 @@ def summary() -> None:
 
 
 @cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="port of the page")
+def ui(port: int) -> None:
+    """Show the runs of this repository in MLflow's page."""
+    from minigpt.tracking.ui import show_runs
+
+    show_runs(port)
+
+
+@cli.command()
 def sync() -> None:
     """Upload runs that are not in MLflow yet."""
     from minigpt.tracking.store import resolve_tracking_uri
