@@ -263,7 +263,8 @@ def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -
 def profile(name: str | None, force: bool) -> None:
     """Write the profile NAME into params.yaml, or list the profiles.
 
-    A profile in configs/ sets some values of params.yaml. The profile `default` restores the original ones. A star in
+    A profile in configs/ sets some values of params.yaml. If its text is missing, it is fetched from a DVC remote or
+    from its publisher. The profile `default` restores the original ones. A star in
     the list marks the profile that params.yaml has now.
     """
     if name:

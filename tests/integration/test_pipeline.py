@@ -306,6 +306,7 @@ def test_mistake_in_params_keeps_the_outputs(copy, stage):
 
 @pytest.mark.slow
 def test_experiment_runs_from_a_profile(copy):
+    (copy / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
     assert python("-m", "minigpt", "profile", "shakespeare-quick", "--force", cwd=copy).returncode == 0
     changes = ["data.source=data/songs.txt", "train.max_iters=2", "train.device=cpu", "sample.max_new_tokens=5"]
     arguments = [argument for change in changes for argument in ("-S", change)]
