@@ -65,26 +65,18 @@ format: $(VENV)/installed-dev  ## format the code
 	ruff check --fix .
 	ruff format .
 
-shakespeare: data/shakespeare.txt  ## download Tiny Shakespeare, and train on it with the profile for a CPU
+shakespeare: $(VENV)/installed  ## fetch Tiny Shakespeare, and train on it with the profile for a CPU
 	@minigpt profile shakespeare-cpu
 	@$(MAKE) --no-print-directory all
 
-# Tiny Shakespeare, from the DVC remote or, if that does not have it, from its publisher. The digest is checked.
 data/shakespeare.txt: | $(VENV)/installed
-	@dvc pull --quiet $@.dvc 2>/dev/null || { \
-	  url=$$(grep -oE 'https?://[^ ]*' $@.dvc); md5=$$(sed -n 's/^- md5: //p' $@.dvc); \
-	  dvc get-url --quiet --force "$$url" $@.new && \
-	  python -c 'import hashlib, sys; sys.exit(hashlib.md5(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' $@.new $$md5 && \
-	  mv $@.new $@; } || { rm -f $@.new; \
-	  echo "minigpt: cannot download Tiny Shakespeare from a DVC remote or from $$(grep -oE 'https?://[^ ]*' $@.dvc)"; \
-	  echo "minigpt: add a DVC remote that has it (dvc remote add --local --default NAME URL), or save the text as"; \
-	  echo "minigpt: data/input.txt, run minigpt profile shakespeare-cpu && dvc exp run -S data.source=data/input.txt"; exit 1; } >&2
+	@python -m minigpt.texts $@
 
 page: $(VENV)/installed  ## open the web page that contains the model
 	@python -c 'import pathlib, sys, webbrowser; page = pathlib.Path("results/sample/page.html").resolve(); page.exists() or sys.exit("minigpt: no page yet; run make"); webbrowser.open(page.as_uri()) or print(page)'
 
 ui: $(VENV)/installed  ## start MLflow with the runs of this repository
-	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $${PORT:-5000}
+	@minigpt ui --port $${PORT:-5000}
 
 sync: $(VENV)/installed  ## upload runs that are not in MLflow yet
 	@minigpt sync

@@ -263,7 +263,8 @@ def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -
 def profile(name: str | None, force: bool) -> None:
     """Write the profile NAME into params.yaml, or list the profiles.
 
-    A profile in configs/ sets some values of params.yaml. The profile `default` restores the original ones. A star in
+    A profile in configs/ sets some values of params.yaml. If its text is missing, it is fetched from a DVC remote or
+    from its publisher. The profile `default` restores the original ones. A star in
     the list marks the profile that params.yaml has now.
     """
     if name:
@@ -303,6 +304,15 @@ def compare(experiments: tuple[str, ...], seeds: bool) -> None:
 
     chosen = [find(name) for name in experiments]
     click.echo(tables.comparison(chosen, seeds) if chosen else tables.overview(seeds))
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="port of the page")
+def ui(port: int) -> None:
+    """Show the runs of this repository in MLflow's page."""
+    from minigpt.tracking.ui import show_runs
+
+    show_runs(port)
 
 
 @cli.command()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from minigpt import params
+from minigpt import params, texts
 from minigpt.errors import UserError
 
 DIRECTORY, PARAMS = Path("configs"), Path("params.yaml")
@@ -67,14 +67,18 @@ def is_applied(name: str) -> bool:
 
 
 def write(name: str, force: bool = False) -> None:
-    """Apply a profile to ``params.yaml``; only ``force`` overwrites values that neither git nor a profile holds."""
+    """Apply a profile to ``params.yaml``, and fetch its text if that is missing.
+
+    Only ``force`` overwrites values that neither git nor a profile holds.
+    """
     params.load(PARAMS)
-    load_profile(name)
+    source = load_profile(name).data.source
     if not (force or _is_committed() or any(map(is_applied, names()))):
         raise UserError(
             f"{PARAMS}: has changes that are not committed to git, and the profile would overwrite them; "
             "commit the file, or use --force to overwrite it"
         )
+    texts.fetch(Path(source))
     PARAMS.write_text(apply(name, params.read_text(PARAMS)), encoding="utf-8")
 
 

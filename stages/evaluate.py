@@ -206,6 +206,7 @@ def track(
         )
         if chart.exists():
             tracker.journal.artifact(chart, "evaluate")
+    tracker.note(RESULTS, "train", "evaluate")
     numbers = {name: value for name, value in params.flatten(metrics).items() if not isinstance(value, str)}
     tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), numbers)
 

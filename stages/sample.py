@@ -51,6 +51,7 @@ def main() -> None:
     print(f"minigpt: {len(sections)} texts of at most {sampling.max_new_tokens:,} characters in {samples}")
     print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
     tracker.journal.artifact(samples.parent)
+    tracker.note(RESULTS, "train", "evaluate", "sample")
     tracker.stage("sample", params.flatten(sampling, "sample."), params.flatten(metrics))
 
 

@@ -103,23 +103,25 @@ def record(result: TrainResult, tracker: Tracker, source: str) -> None:
     from minigpt.evaluation.charts import loss_chart
 
     metrics = result.metrics
-    tracker.metrics(int(metrics["steps"]), {f"train.{name}": value for name, value in metrics.items()})
+    tracker.results("train", metrics)
+    tracker.journal.params({"parameters": metrics["parameters"]})
     tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
     with tempfile.TemporaryDirectory() as temporary:
         chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
         tracker.attempt("loss chart", lambda: loss_chart(result.history, source, chart))
-        tracker.attempt("packaged model", lambda: package(packaged))
-        for path, artifact_folder in ((chart, "train"), (packaged, "")):
-            if path.exists():
-                tracker.journal.artifact(path, artifact_folder)
+        if chart.exists():
+            tracker.journal.artifact(chart, "train")
+        tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))
+    tracker.note(RESULTS, "train")
     tracker.journal.tags({"throughput": f"{metrics['chars_per_second']:,} characters/s"})
 
 
-def package(target: Path) -> None:
-    """Package the exported model as an MLflow model."""
+def package(target: Path) -> Path:
+    """Package the exported model as an MLflow model in the folder ``target``, and return that folder."""
     from minigpt.generation import serving  # imports mlflow; without it, only this fails
 
     serving.package(MODEL, target)
+    return target
 
 
 if __name__ == "__main__":

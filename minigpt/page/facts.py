@@ -117,7 +117,7 @@ def describe_training(results: Path) -> Facts:
         "samples": (results / "train" / "samples.csv", ("step", "prompt", "text")),
         "positions": (results / "evaluate" / "positions.csv", ("loss",)),
     }
-    facts = {}
+    facts: Facts = {}
     for name, (path, columns) in tables.items():
         with suppress(OSError, ValueError, KeyError, csv.Error), path.open(newline="", encoding="utf-8") as file:
             facts[name] = [

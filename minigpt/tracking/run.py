@@ -1,7 +1,7 @@
 """A run as the stages see it: they record to a journal, and a background upload sends it to the store."""
 
+import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,17 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from minigpt.errors import UserError
 from minigpt.files import read_run_key, write_csv
 from minigpt.params import Params, flatten
 from minigpt.tracking.background import BackgroundUploader
 from minigpt.tracking.journal import Journal
-from minigpt.tracking.store import describe_error, resolve_tracking_uri
+from minigpt.tracking.note import describe_results
+from minigpt.tracking.provenance import COMMIT_TAG, provenance
+from minigpt.tracking.store import NOTE_TAG, RUN_ID, describe_error, resolve_tracking_uri
 from minigpt.tracking.system_metrics import Monitor, describe_device
 from minigpt.tracking.uploader import Uploader
 
-COMMIT_TAG = "mlflow.source.git.commit"
+# Names of metrics in MLflow. Its page makes a section of charts for each part before a slash, in alphabetical order.
+NAMES = {
+    "train_loss": "loss/train", "val_loss": "loss/val", "batch_loss": "training/batch_loss",
+    "learning_rate": "training/learning_rate", "grad_norm": "training/grad_norm",
+    "chars_per_second": "training/chars_per_second",
+}  # fmt: skip
+# Single values get a bar chart each, so only those by which people compare runs are metrics. All are in the artifacts.
+RESULTS = {
+    "train.train_seconds": "results/train_seconds", "evaluate.val.loss": "results/val_loss",
+    "evaluate.val.standard_error": "results/val_standard_error", "evaluate.val.accuracy": "results/val_accuracy",
+    "evaluate.val.calibration_error": "results/calibration_error", "evaluate.train.loss": "results/train_loss",
+    "sample.memorised.longest_run": "results/longest_copied_run",
+}  # fmt: skip
 
 
 class Tracker:
@@ -33,7 +48,7 @@ class Tracker:
         self.display_uri = self._uploader.display_uri
         self._background = BackgroundUploader(self._uploader, self.journal)
         self._monitor: Monitor | None = None
-        self._failure_reported = False
+        self._failure_reported = self._has_metrics = False
 
     def begin(self, params: Params, digest: str, sizes: dict[str, int], device: torch.device) -> None:
         """Record the start of a training on a dataset with this digest and these split sizes, or only its resume."""
@@ -54,7 +69,8 @@ class Tracker:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
-        self.journal.metrics(step, values)
+        self._has_metrics = True
+        self.journal.metrics(step, {NAMES.get(name, name): value for name, value in values.items()})
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Record the samples written so far during a training, as a table."""
@@ -62,6 +78,32 @@ class Tracker:
             table = Path(temporary) / "samples.csv"
             write_csv(table, rows)
             self.journal.artifact(table, "train")
+
+    def model(self, package: Path) -> None:
+        """Record a packaged model, and that the run has it."""
+        self.journal.artifact(package)
+        described = yaml.safe_load((package / "MLmodel").read_text(encoding="utf-8"))
+        kept = {name: described[name] for name in ("utc_time_created", "model_uuid") if name in described}
+        kept["flavors"] = {
+            "python_function": {"loader_module": described["flavors"]["python_function"]["loader_module"]}
+        }
+        # The column "Models" of the page shows this tag, on servers without logged models too.
+        history = [{"run_id": RUN_ID, "artifact_path": package.name, **kept}]
+        self.journal.tags({"mlflow.log-model.history": json.dumps(history)})
+
+    def results(self, stage: str, metrics: dict[str, float]) -> None:
+        """Record those metrics of a stage by which runs are compared."""
+        chosen = {RESULTS[name]: value for key, value in metrics.items() if (name := f"{stage}.{key}") in RESULTS}
+        if chosen:
+            self.journal.stage_metrics(chosen)
+
+    def note(self, results: Path, *stages: str) -> None:
+        """Describe the run by what its ``stages`` wrote to the folder ``results``."""
+
+        def describe() -> None:
+            self.journal.tags({NOTE_TAG: describe_results(results, stages)})
+
+        self.attempt("description of the run", describe)
 
     def describe(self) -> dict[str, str | None]:
         """Return the key, name, git commit and start of the run, for files that outlive the journal."""
@@ -87,7 +129,7 @@ class Tracker:
         self.finish()
 
     def stage(self, name: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Record the params of a later stage, and its metrics as ``name.metric``, and upload them."""
+        """Record the params and the metrics of a later stage, and upload all."""
         journal, experiment = self.journal, os.environ.get("DVC_EXP_NAME", "")
         if not journal.records("name"):
             journal.name(f"{experiment or journal.key[:6]} (restored)", restored=True)
@@ -95,8 +137,7 @@ class Tracker:
         if experiment and experiment not in ", ".join(known).split(", "):
             journal.tags({"dvc.experiment": ", ".join([*known, experiment])})
         journal.params(params)
-        if metrics:
-            journal.stage_metrics({f"{name}.{metric}": value for metric, value in metrics.items()})
+        self.results(name, metrics)
         self._record_workspace_files()
         journal.status("FINISHED")
         named = journal.records("name")[0]
@@ -145,7 +186,12 @@ class Tracker:
         steps = [r["step"] for r in recorded if any(name.startswith("system/") for name in r["values"])]
         age = time.time() - self.journal.records()[0]["time"] / 1000
         began = time.monotonic() - max(0, age, *(step + 1 for step in steps[-1:]))
-        self._monitor = Monitor(lambda values: self.journal.metrics(int(time.monotonic() - began), values), device)
+
+        def record(values: dict[str, float]) -> None:
+            if self._has_metrics:  # MLflow's Compare offers the metric that was recorded first: no system metric
+                self.journal.metrics(int(time.monotonic() - began), values)
+
+        self._monitor = Monitor(record, device)
 
 
 def tracker_of_model(record: Path) -> Tracker:
@@ -157,14 +203,3 @@ def tracker_of_model(record: Path) -> Tracker:
     tracker = Tracker(key)
     tracker.upload()
     return tracker
-
-
-def provenance() -> dict[str, str]:
-    """Return tags for the git commit, and for the name and baseline of the DVC experiment."""
-    experiment = {"dvc.experiment": "DVC_EXP_NAME", "dvc.baseline": "DVC_EXP_BASELINE_REV"}
-    tags = {tag: os.environ[name] for tag, name in experiment.items() if os.environ.get(name)}
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {"git": "none"} | tags
-    return {COMMIT_TAG: commit.stdout.strip()} | tags

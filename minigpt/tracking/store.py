@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 DATABASE_WAIT = 2.0  # seconds that a stage waits for a database that another program has locked
 RUN_TAG = "minigpt.run"  # MLflow tag that holds the key of a run, by which it is looked up
+USER_TAG = "mlflow.user"
+NOTE_TAG = "mlflow.note.content"  # the description on the page of a run, which users can edit there
+RUN_ID = "$MLFLOW_RUN_ID"  # in the value of a tag: replaced by the ID that the store gives the run
 NETWORK_ERRORS = {  # parts of the HTTP library's messages, and the message that is shown instead
     "Connection refused": "connection refused",
     "NameResolutionError": "unknown host",
@@ -132,6 +135,9 @@ class Store:
         named, tags = next(iter(journal.records("name")), {"name": journal.key[:8]}), {RUN_TAG: journal.key}
         if named.get("restored"):
             tags["restored"] = "DVC restored the training from its cache; its metrics are elsewhere"
+        for record in journal.records("tags"):
+            if USER_TAG in record["values"]:  # MLflow takes the user of a run from its creation only
+                tags[USER_TAG] = record["values"][USER_TAG]
         start = journal.records()[0]["time"]
         created = self.connect().create_run(self._experiment_of(journal), start, tags, named["name"])
         return str(created.info.run_id)
@@ -161,7 +167,10 @@ class Store:
                 changed = [RunTag(name, value) for name, value in values.items() if stored.get(name, value) != value]
                 client.log_batch(run_id, params=new, tags=changed)
             case "tags":
-                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in values.items()])
+                if NOTE_TAG in values and self._note_was_edited(run_id, journal):
+                    values = {name: value for name, value in values.items() if name != NOTE_TAG}
+                tags = [RunTag(name, value.replace(RUN_ID, run_id)) for name, value in values.items()]
+                client.log_batch(run_id, tags=tags)
             case "dataset":
                 self._log_dataset(run_id, record)
             case "artifact":
@@ -175,6 +184,12 @@ class Store:
                 client.update_run(run_id, "RUNNING")
             case "status":
                 client.set_terminated(run_id, record["status"], record["time"])
+
+    def _note_was_edited(self, run_id: str, journal: Journal) -> bool:
+        """Return whether the description of a run in the store is none that the journal has."""
+        stored = self.connect().get_run(run_id).data.tags.get(NOTE_TAG)
+        written = [record["values"].get(NOTE_TAG, "").replace(RUN_ID, run_id) for record in journal.records("tags")]
+        return bool(stored) and stored not in written
 
     def _log_metrics(self, run_id: str, records: list[dict[str, Any]], in_flight: bool) -> None:
         from mlflow.entities import Metric

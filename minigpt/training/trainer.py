@@ -221,9 +221,17 @@ class Trainer:
             return
         limits = ((self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars)), (self.corpus.val, train.eval_chars))
         train_loss, val_loss = (score(self.model, split, None, chars, self.group).loss for split, chars in limits)
-        losses = {"train_loss": train_loss, "val_loss": val_loss}
+        losses = {"val_loss": val_loss, "train_loss": train_loss}  # MLflow's Compare offers the first metric
         rate = learning_rate(step, train)  # as a fraction of its peak
-        state.history.append({"step": step, **losses, "learning_rate": rate, "grad_norm": state.grad_norm})
+        state.history.append(
+            {
+                "step": step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "learning_rate": rate,
+                "grad_norm": state.grad_norm,
+            }
+        )
         if self.observer:
             self.observer.metrics(step, losses)
             self.observer.upload()

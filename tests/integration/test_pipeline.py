@@ -115,8 +115,8 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     assert found[0].info.status == "FINISHED"
     assert run.params["model.n_layer"] == "2"
     assert run.params["sample.temperature"] == "0.8"
-    assert run.metrics["evaluate.val.loss"] == scores["val"]["loss"]
-    assert {"train_loss", "val_loss", "learning_rate", "grad_norm", "chars_per_second"} <= set(run.metrics)
+    assert run.metrics["results/val_loss"] == scores["val"]["loss"]
+    assert {"loss/train", "loss/val", "training/learning_rate", "training/grad_norm"} <= set(run.metrics)
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(run.metrics)
     assert len(run.tags["mlflow.source.git.commit"]) == 40
     assert "threads" in run.tags["device"]
@@ -128,8 +128,14 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     assert drawn == {"train/history.csv", "train/loss.png", "train/samples.csv"}
     shown = {file.path for file in client.list_artifacts(found[0].info.run_id, "evaluate")}
     assert {f"evaluate/{name}" for name in ("evaluation.png", "characters.csv", "metrics.json")} <= shown
-    assert run.metrics["evaluate.baselines.6-gram"] == scores["baselines"]["6-gram"]
-    assert {"evaluate.val.calibration_error", "sample.memorised.longest_run"} <= set(run.metrics)
+    assert {"results/calibration_error", "results/longest_copied_run"} <= set(run.metrics)
+    assert {name.partition("/")[0] for name in run.metrics} == {"loss", "training", "results", "system"}
+    assert run.params["parameters"] == str(
+        json.loads((folder / "results/train/metrics.json").read_text())["parameters"]
+    )
+    assert f"**Validation loss {scores['val']['loss']:.4f}" in run.tags["mlflow.note.content"]
+    assert json.loads(run.tags["mlflow.log-model.history"])[0]["artifact_path"] == "model"
+    assert (run.tags["mlflow.user"], run.tags["mlflow.source.git.dirty"]) == ("test", "false")
 
 
 def test_summary_shows_the_results_and_no_secret(repository):
@@ -313,6 +319,7 @@ def test_mistake_in_params_keeps_the_outputs(copy, stage):
 
 @pytest.mark.slow
 def test_experiment_runs_from_a_profile(copy):
+    (copy / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
     assert python("-m", "minigpt", "profile", "shakespeare-quick", "--force", cwd=copy).returncode == 0
     changes = ["data.source=data/songs.txt", "train.max_iters=2", "train.device=cpu", "sample.max_new_tokens=5"]
     arguments = [argument for change in changes for argument in ("-S", change)]

@@ -141,7 +141,7 @@ def test_training_interrupted_three_times_is_one_mlflow_run(tmp_path, project_fi
     (run,) = client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
     assert run.info.status == "FINISHED"
     assert re.fullmatch(r"3 times, after steps \d+, \d+, \d+", run.data.tags["resumed"])
-    losses = client.get_metric_history(run.info.run_id, "val_loss")
+    losses = client.get_metric_history(run.info.run_id, "loss/val")
     assert [metric.step for metric in losses] == [0, 200, 400, 600]
     assert len({file.path for file in client.list_artifacts(run.info.run_id)}) == 3  # model, train, params.yaml
 

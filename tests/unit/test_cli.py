@@ -277,6 +277,7 @@ def test_profile_lists_the_profiles_and_marks_the_present_one(workspace):
     assert [line[2:].split()[0] for line in lines if line.startswith("* ")] == ["default"]
     assert len(lines) == len(list((ROOT / "configs").glob("*.yaml")))
     assert max(map(len, lines)) <= 80
+    (workspace / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
     assert minigpt("profile", "shakespeare-cpu", cwd=workspace).returncode == 0
     lines = minigpt("profile", cwd=workspace).stdout.splitlines()
     assert [line[2:].split()[0] for line in lines if line.startswith("* ")] == ["shakespeare-cpu"]
@@ -286,6 +287,7 @@ def test_profile_lists_the_profiles_and_marks_the_present_one(workspace):
 def test_profile_does_not_overwrite_changes_without_force(tmp_path, project_files, workspace, with_git):
     folder = make_repository(tmp_path / "repository", project_files) if with_git else workspace
     set_params(folder, {"model": {"n_embd": 100}})
+    (folder / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
     before = (folder / "params.yaml").read_bytes()
     ran = minigpt("profile", "shakespeare-cpu", cwd=folder)
     assert ran.returncode == 1

@@ -79,6 +79,7 @@ def test_profile_of_another_form_is_one_message(workspace, text):
 def test_profile_may_replace_another_that_is_not_committed(tmp_path, project_files, workspace, git, monkeypatch):
     folder = make_repository(tmp_path / "repository", project_files) if git else workspace
     (folder / "params.yaml").write_text(SHIPPED)
+    (folder / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
     monkeypatch.chdir(folder)
     profiles.write("shakespeare-cpu")
     assert profiles.is_applied("shakespeare-cpu")

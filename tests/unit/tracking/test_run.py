@@ -1,6 +1,7 @@
 """Tests of the tracker: records of a training and of the later stages, and their arrival in a store."""
 
 import csv
+import json
 import os
 import re
 import uuid
@@ -38,12 +39,13 @@ def test_stages_can_be_repeated(capsys):
     tracker = Tracker(KEY)
     tracker.journal.name("a run")
     for value in (0.8, 0.5):
-        tracker.stage("sample", {"sample.temperature": value}, {"loss": value})
+        tracker.stage("evaluate", {"sample.temperature": value}, {"val.loss": value, "baselines.2-gram": 2.5})
     client, run = find_run(store.resolve_tracking_uri(), KEY)
     assert run.data.params["sample.temperature"] == "0.8"  # MLflow's params are immutable
     assert run.data.tags["sample.temperature"] == "0.5"
-    assert [m.value for m in client.get_metric_history(run.info.run_id, "sample.loss")] == [0.8, 0.5]
-    assert "sample added to run dddddddd 'a run' in sqlite:///" in capsys.readouterr().out
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "results/val_loss")] == [0.8, 0.5]
+    assert set(run.data.metrics) == {"results/val_loss"}  # others would be bar charts of one value
+    assert "evaluate added to run dddddddd 'a run' in sqlite:///" in capsys.readouterr().out
 
 
 def test_run_names_all_experiments_that_share_its_training(monkeypatch):
@@ -63,11 +65,11 @@ def test_run_trained_elsewhere_is_extended(here, monkeypatch, capsys):
     monkeypatch.setenv("DVC_ROOT", str(here / "clone"))  # has the model, by dvc pull, but not the journal
     tracker = Tracker(key)
     tracker.journal.artifact(here / "clone" / "metrics.json")  # the stages record their files first
-    tracker.stage("evaluate", {}, {"loss": 1.5})
+    tracker.stage("evaluate", {}, {"val.loss": 1.5})
     assert "(trained elsewhere)" in capsys.readouterr().out
     _, run = find_run(store.resolve_tracking_uri(), key)
     assert run.info.run_name == "a run"
-    assert run.data.metrics.keys() == {"train_loss", "val_loss", "evaluate.loss"}
+    assert run.data.metrics.keys() == {"train_loss", "val_loss", "results/val_loss"}
     assert "restored" not in run.data.tags
     Tracker("9" * 32).stage("evaluate", {}, {"loss": 1.5})
     _, run = find_run(store.resolve_tracking_uri(), "9" * 32)
@@ -93,9 +95,38 @@ def test_steps_of_system_metrics_increase_even_if_the_clock_goes_back(monkeypatc
     with monkeypatch.context() as ahead:
         ahead.setattr("minigpt.tracking.journal.time.time", lambda: 4e9)
         tracker.journal.metrics(100, {"system/cpu_utilization_percentage": 50.0})
+    tracker.metrics(0, {"val_loss": 2.0})
     tracker._start_monitor(torch.device("cpu"))
     tracker._monitor.stop()
-    assert [record["step"] for record in tracker.journal.records()] == [100, 101]
+    assert [record["step"] for record in tracker.journal.records()] == [100, 0, 101]
+
+
+def test_validation_loss_is_the_first_metric():
+    tracker = Tracker(KEY)
+    tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+    tracker._monitor._record(tracker._monitor.measure())
+    assert not tracker.journal.records("metrics")
+    tracker.metrics(0, {"val_loss": 4.0, "train_loss": 4.0})
+    tracker.end("FINISHED", [])
+    names = [name for record in tracker.journal.records("metrics") for name in record["values"]]
+    assert names[:2] == ["loss/val", "loss/train"]
+    assert all(name.startswith("system/") for name in names[2:])
+
+
+def test_packaged_model_is_in_the_list_of_the_runs_models(here):
+    (here / "model").mkdir()
+    (here / "model/MLmodel").write_text(
+        "utc_time_created: '2026-01-01 00:00:00'\nmodel_uuid: abc\n"
+        "flavors:\n  python_function: {loader_module: loader, code: /a/path}\n"
+    )
+    tracker = Tracker(KEY)
+    tracker.journal.name("a run")
+    tracker.model(here / "model")
+    tracker.end("FINISHED", [])
+    _, run = find_run(store.resolve_tracking_uri(), KEY)
+    (model,) = json.loads(run.data.tags["mlflow.log-model.history"])
+    assert (model["run_id"], model["artifact_path"]) == (run.info.run_id, "model")
+    assert model["flavors"] == {"python_function": {"loader_module": "loader"}}
 
 
 @pytest.mark.slow

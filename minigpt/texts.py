@@ -1,0 +1,72 @@
+"""Texts that DVC tracks but git does not have: fetched from a DVC remote, or from the address of their publisher.
+
+python -m minigpt.texts data/shakespeare.txt
+"""
+
+import hashlib
+import http.client
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from minigpt import errors
+from minigpt.files import write_atomically
+
+TIMEOUT = 30  # seconds without data after which a download counts as failed
+
+
+def fetch(text: Path) -> None:
+    """Write a text that is missing, if there is a file ``<text>.dvc`` that names its digest.
+
+    Its first source is DVC's cache or remote, the second the address in ``meta.url`` of that file. Raise UserError if
+    neither has the text with that digest.
+    """
+    record = Path(f"{text}.dvc")
+    if text.exists() or not record.is_file():
+        return
+    tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
+    digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
+    dvc = [sys.executable, "-m", "dvc"]
+    pulled = subprocess.run([*dvc, "pull", "--quiet", str(record)], check=False, capture_output=True)
+    if pulled.returncode == 0 and text.is_file() and _digest(text.read_bytes()) == digest:
+        return
+    try:
+        data = _download(url)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = str(error).removeprefix("<urlopen error ").removesuffix(">")
+        reason = f"DVC's remote does not have it, and {url or 'its address'} cannot be read ({cause})"
+        raise errors.UserError(f"{text}: {reason}; {_ways_out(text)}") from None
+    if _digest(data) != digest:
+        reason = f"DVC's remote does not have it, and {url} has another text (MD5 {_digest(data)}, expected {digest})"
+        raise errors.UserError(f"{text}: {reason}; {_ways_out(text)}")
+    write_atomically(text, data)
+    # Into DVC's cache: `dvc push` uploads it, and queued experiments find it. Without DVC, the text is still usable.
+    subprocess.run([*dvc, "commit", "--quiet", "--force", str(record)], check=False, capture_output=True)
+
+
+def _ways_out(text: Path) -> str:
+    return f"set a remote with `dvc remote add --local --default NAME URL`, or save the text as {text}"
+
+
+def _download(url: str) -> bytes:
+    if not url.startswith(("https://", "http://")):
+        raise ValueError("not an address")
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:  # noqa: S310 - only HTTP
+        return bytes(response.read())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def main() -> None:
+    """Fetch the texts that the command line names."""
+    for name in sys.argv[1:]:
+        fetch(Path(name))
+
+
+if __name__ == "__main__":
+    errors.run(main)
