@@ -287,7 +287,7 @@ def summary() -> None:
 @click.argument("experiments", nargs=-1)
 @click.option("--seeds", is_flag=True, help="group trainings that differ only in train.seed; show mean ± deviation")
 def compare(experiments: tuple[str, ...], seeds: bool) -> None:
-    """Compare EXPERIMENTS: their params, and their losses on the same text.
+    """Compare the params and losses of EXPERIMENTS.
 
     Each is a DVC experiment, a git revision, a folder with a workspace, or `workspace`. The difference of two losses
     is paired: both models score the same characters. Without EXPERIMENTS, the command lists those of this workspace,
