@@ -330,7 +330,8 @@ def sync() -> None:
 def dagshub(repo: str) -> None:
     """Connect DVC and MLflow to DagsHub.
 
-    REPO is user/repo. The token comes from DAGSHUB_USER_TOKEN; in a terminal, the command asks for it.
+    REPO is user/repo. The token comes from DAGSHUB_USER_TOKEN or from `dagshub login`; in a terminal, the command asks
+    for it.
     """
     from minigpt.tracking import dagshub
 

@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 
 from minigpt.errors import UserError
+from minigpt.tracking.credentials import REMOTE, cached_token, dagshub_host, dagshub_page
 from minigpt.tracking.journal import EXPERIMENT
 from minigpt.tracking.masking import mask_stderr
-from minigpt.tracking.store import Store, dagshub_page, describe_error
+from minigpt.tracking.provenance import git
+from minigpt.tracking.store import Store, describe_error
 from minigpt.tracking.uploader import TIMEOUT
-
-REMOTE = "dagshub"  # in DVC and git
 
 SUMMARY = """
   tested      wrote to {storage}; found the experiments of {page}.mlflow
@@ -32,21 +32,23 @@ SUMMARY = """
               git's remote `{remote}`: {page}.git
   now         dvc push                       upload data and models; `dvc pull` downloads them
               dvc exp push {remote} NAME       upload an experiment with its data
-              export DAGSHUB_REPO={repo} DAGSHUB_USER_TOKEN=...
-                                             with these two set, runs are uploaded too
               minigpt sync                   upload the earlier runs
+  later       runs are uploaded while they train, from any shell in this folder;
+              MINIGPT_TRACKING=local keeps them in mlflow.db
   pages       {page}
               {page}.mlflow
 """
 
 
 def read_token() -> str:
-    """Return the token from DAGSHUB_USER_TOKEN, or ask for it in a terminal."""
-    token = os.environ.get("DAGSHUB_USER_TOKEN")
+    """Return the token from DAGSHUB_USER_TOKEN or from the cache of `dagshub login`, or ask for it in a terminal."""
+    token = os.environ.get("DAGSHUB_USER_TOKEN") or cached_token(dagshub_host())
     if not token and sys.stdin.isatty():
         token = getpass.getpass("token (from your settings on DagsHub): ")
     if not token:
-        raise UserError("DAGSHUB_USER_TOKEN is not set; create a token in your settings on DagsHub")
+        raise UserError(
+            "DAGSHUB_USER_TOKEN is not set; create a token in your settings on DagsHub, or use `dagshub login`"
+        )
     return token
 
 
@@ -66,10 +68,10 @@ def connect(repo: str, token: str) -> None:
         raise UserError(f"{page}.mlflow: cannot open the experiment: {describe_error(error)}") from None
 
     write_config(public, private)
-    git_remotes = subprocess.run(["git", "remote"], capture_output=True, text=True, check=True).stdout
-    if REMOTE not in git_remotes.split():
-        subprocess.run(["git", "remote", "add", REMOTE, f"{page}.git"], check=True)
-    print(SUMMARY.format(page=page, repo=repo, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
+    # Later programs find the repository by this remote.
+    action = "set-url" if REMOTE in git("remote").split() else "add"
+    subprocess.run(["git", "remote", action, REMOTE, f"{page}.git"], check=True)
+    print(SUMMARY.format(page=page, remote=REMOTE, storage=public.get("endpointurl", public["url"])))
 
 
 def write_config(public: dict[str, str], private: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The MLflow tracking store: its URI, and a client that creates runs there and fills them.
 
-Runs go to MLFLOW_TRACKING_URI if it is set. Otherwise they go to DagsHub if DAGSHUB_REPO=user/repo and
-DAGSHUB_USER_TOKEN are set, and to ``mlflow.db`` in the repository if not.
+Runs go to MLFLOW_TRACKING_URI if it is set. Otherwise they go to DagsHub if a repository there and a token are found,
+and to ``mlflow.db`` in the repository if not. MINIGPT_TRACKING=local overrides both.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
+from minigpt.tracking.credentials import configured_page, find_token
 from minigpt.tracking.journal import EXPERIMENT, Journal, locked
 from minigpt.tracking.masking import mask, mask_stderr
 
@@ -221,12 +222,16 @@ class Store:
 
 def resolve_tracking_uri() -> str:
     """Return the tracking URI. Credentials move to the environment variables that MLflow reads."""
+    if choice := os.environ.get("MINIGPT_TRACKING"):
+        if choice != "local":
+            raise UserError(f"MINIGPT_TRACKING: expected 'local', got {mask(repr(choice))}")
+        return local_store_uri()
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return _move_credentials(uri) if uri.startswith("http") else _absolute(uri)
-    repo, token = os.environ.get("DAGSHUB_REPO"), os.environ.get("DAGSHUB_USER_TOKEN")
-    if repo and token:
+    page = configured_page()
+    if page and (token := find_token(page)):
         os.environ |= {"MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
-        return f"{dagshub_page(repo)}.mlflow"
+        return f"{page}.mlflow"
     return local_store_uri()
 
 
@@ -274,16 +279,6 @@ def database_path(uri: str) -> Path | None:
     database = make_url(uri).database or ""
     path = unquote(database.removeprefix("file:")) if database.startswith("file:") else database
     return Path(path) if path not in ("", ":memory:") else None
-
-
-def dagshub_page(repo: str) -> str:
-    """Return the address of ``user/repo`` on DagsHub. DAGSHUB_CLIENT_HOST is a variable of DagsHub's own client."""
-    if not re.fullmatch(r"(?a:\w[\w.-]*/[\w.-]*\w[\w.-]*)", repo):
-        raise UserError(f"DAGSHUB_REPO: expected user/repo, got {mask(repr(repo))}")
-    host = os.environ.get("DAGSHUB_CLIENT_HOST", "https://dagshub.com").rstrip("/")
-    if not re.fullmatch(r"https?://[^\s@]+", host):  # the address is stored in files that git tracks
-        raise UserError(f"DAGSHUB_CLIENT_HOST: expected https://host without user and password, got {mask(host)}")
-    return f"{host}/{repo}"
 
 
 def describe_error(error: Exception) -> str:

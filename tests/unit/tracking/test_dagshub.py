@@ -2,10 +2,12 @@
 
 import json
 import re
+import secrets
 import subprocess
 
 import pytest
 from helpers.servers import TOKEN, Files, Proxy, environment, free_port, process
+from helpers.tracking import SEND, find_run
 from helpers.workspace import ROOT, command, make_repository, python
 
 
@@ -49,7 +51,7 @@ def files_with_token(folder):
 
 
 @pytest.mark.slow
-def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
+def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server, logged_in):
     with (
         Files(tmp_path / "stored") as files,
         Proxy({"/user/repo.dvc": files.url, "/user/repo.mlflow": current_server}) as dagshub,
@@ -67,6 +69,14 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server):
         assert files_with_token(repository) == {".dvc/config.local"}
         assert (repository / ".dvc/config.local").stat().st_mode & 0o777 == 0o600
         assert "config.local" not in command("git", "status", "--short", "--ignored=no", cwd=repository).stdout
+
+        key = secrets.token_hex(16)
+        sent = python("-c", SEND, key, cwd=repository)  # a later shell, without variables
+        assert sent.returncode == 0, sent.stderr
+        find_run(current_server, key)
+        assert not (repository / "mlflow.db").exists()
+        sent = python("-c", SEND, key, cwd=repository, MINIGPT_TRACKING="local")
+        assert (repository / "mlflow.db").exists()
 
         bare = tmp_path / "bare.git"
         command("git", "init", "--quiet", "--bare", bare, cwd=tmp_path)
