@@ -78,9 +78,9 @@ def test_spoiled_first_line_costs_only_the_name(here):
     path = journal.folder / "journal.jsonl"
     path.write_bytes(b"\0\0\xff" + path.read_bytes()[3:])
     assert uploader.sync() == 1
-    Tracker(journal.key).stage("evaluate", {}, {"loss": 1.0})
+    Tracker(journal.key).stage("evaluate", {}, {"val.loss": 1.0})
     _, run = find_run(store.resolve_tracking_uri())
-    assert run.data.metrics.keys() == {"train_loss", "val_loss", "evaluate.loss"}
+    assert run.data.metrics.keys() == {"train_loss", "val_loss", "results/val_loss"}
 
 
 @pytest.mark.parametrize("content", NO_PROGRESS, ids=lambda content: str(content)[:40])
