@@ -317,12 +317,38 @@ def ui(port: int) -> None:
 
 @cli.command()
 def sync() -> None:
-    """Upload runs that are not in MLflow yet."""
+    """Upload runs that are not in MLflow yet.
+
+    A run gets the names of all DVC experiments that have its training, also of those that DVC restored from its cache.
+    """
+    from minigpt.comparison.experiment import experiments
+    from minigpt.tracking.journal import journals
+    from minigpt.tracking.run import add_experiment
     from minigpt.tracking.store import resolve_tracking_uri
     from minigpt.tracking.uploader import Uploader, sync
 
+    known = {journal.key: journal for journal in journals()}
+    for experiment in reversed(list(experiments())):
+        with suppress(errors.UserError):  # its results are damaged
+            if journal := known.get(str(experiment.run.get("run"))):
+                add_experiment(journal, experiment.name)
     count = sync()
     print(f"minigpt: {count} runs are in {Uploader(resolve_tracking_uri()).display_uri}")
+
+
+@cli.command()
+@click.option("--alias", default="", help="name that always refers to the newest choice, such as champion")
+def register(alias: str) -> None:
+    """Register the model of this workspace in MLflow's model registry.
+
+    \b
+    minigpt register --alias champion
+    """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
+    from minigpt.tracking.registry import register
+    from minigpt.tracking.run import key_of_model
+
+    address = register(key_of_model(RESULTS / "train" / "run.json"), alias)
+    print(f"minigpt: registered; serve it with `mlflow models serve -m {address} --env-manager local`")
 
 
 @cli.command()

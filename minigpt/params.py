@@ -32,7 +32,7 @@ Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[NotNegative, AfterValidator(_check_temperature)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
 Compile = Literal["auto", "always", "never"]
 Overflow = Literal["reread", "slide", "roll"]
 
@@ -95,7 +95,7 @@ class TrainParams(Section):
 
     seed: Seed
     device: Device
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     compile: Compile
     deterministic: bool
     max_iters: CountOrZero
@@ -323,7 +323,7 @@ def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, 
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
     "finite_number": "a finite number", "bool_type": "true or false", "string_type": "a text", "list_type": "a list",
-    "model_type": "a section of keys and values", "string_pattern_mismatch": "'auto', 'cpu', 'cuda' or 'cuda:0'",
+    "model_type": "a section of keys and values", "string_pattern_mismatch": "'auto', 'cpu', 'mps', 'cuda' or 'cuda:0'",
 }  # fmt: skip
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 

@@ -1,7 +1,7 @@
 """Train a GPT on the prepared tokens, as one MLflow run.
 
     python -m stages.train        data/prepared
-                                  -> models/gpt, results/train/{history.csv,samples.csv,metrics.json,run.json}
+                                  -> models/gpt, results/train/{history,samples,metrics}.csv, {metrics,run}.json
     torchrun --nproc-per-node 2 -m stages.train
 
 If train.processes > 1, the first command starts that number of processes. A training that was killed resumes from its
@@ -51,7 +51,7 @@ def main() -> None:
         checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
         with checkpoints.locked() if group.is_main else nullcontext():
             with interruptible():
-                tracker = Tracker(checkpoints.run_key()) if group.is_main else None
+                tracker = Tracker(checkpoints.run_key(), RESULTS / "train" / "history.csv") if group.is_main else None
                 trainer = Trainer(settings, corpus, group, tracker, checkpoints)
                 if tracker is None:
                     trainer.run()
@@ -63,7 +63,7 @@ def main() -> None:
                     print(f"minigpt: {trainer.describe()}; {run}")
                     result = trainer.run()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
-                    write_results(result, tracker.describe() | {"source": settings.data.source})
+                    write_results(result, tracker, settings.data.source)
                     record(result, tracker, settings.data.source)
                     tracker.end("FINISHED", trainer.state.resumed_at)
                 except BaseException as error:
@@ -75,14 +75,15 @@ def main() -> None:
             checkpoints.remove()
 
 
-def write_results(result: TrainResult, run: dict[str, str | None]) -> None:
-    """Write history, samples and metrics, and ``run``, which names the run for the later stages."""
+def write_results(result: TrainResult, tracker: Tracker, source: str) -> None:
+    """Write history, samples and metrics, and run.json, which names the run for the later stages."""
     with atomic_directory(RESULTS / "train") as folder:
         write_csv(folder / "history.csv", result.history)
         if result.samples:
             write_csv(folder / "samples.csv", result.samples)
         write_json(folder / "metrics.json", result.metrics)
-        write_json(folder / "run.json", run)
+        write_csv(folder / "metrics.csv", tracker.curves())
+        write_json(folder / "run.json", tracker.describe() | {"source": source})
 
 
 def check_decoder(device: torch.device) -> None:

@@ -7,13 +7,17 @@ from minigpt.runtime.cpu import cpu_info, hold_locks, unbind_threads
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device for ``train.device``; ``auto`` is a CUDA device if there is one, else the CPU.
+    """Return the device for ``train.device``; ``auto`` is a CUDA device, else Apple's GPU, else the CPU.
 
     Each rank of a job takes the CUDA device with its ``local_rank``. A single process takes the first one that no other
     process of this project uses, so that queued experiments use different devices. Raise UserError if there is none.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("train.device: mps is not available; set it to auto")
+        return torch.device("mps")
     if not name.startswith("cuda"):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -37,18 +41,20 @@ def free_device(count: int) -> int:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of activations for ``train.dtype``; None means that of the weights, float32.
 
-    ``auto`` is bfloat16 on GPUs that support it and on CPUs that multiply it faster than float32.
+    ``auto`` is bfloat16 on NVIDIA GPUs that support it and on CPUs that multiply it faster than float32.
     """
     if name == "auto":
         slow = device.type == "cpu" and bfloat16_at_half_rate() and not torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_bfloat16(device) and not slow else None
-    return torch.bfloat16 if name == "bfloat16" else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies bfloat16 numbers, at any rate."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":  # it depends on the version of macOS
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from minigpt.errors import UserError
 from minigpt.files import fsync, is_run_key, remove, workspace
@@ -31,6 +31,7 @@ class Journal:
         self._path = self.folder / "journal.jsonl"
         self._last_steps: dict[str, int] | None = None
         self._lock = threading.Lock()
+        self._held: FileLock | None = None
 
     @property
     def size(self) -> int:
@@ -121,6 +122,24 @@ class Journal:
         """Record the status: ``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._write("status", status=status)
 
+    def hold(self) -> None:
+        """Mark the run as that of this process, until the process ends in any way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held = FileLock(self.folder / "running.lock")
+        self._held.acquire()
+
+    def release(self) -> None:
+        """Undo :meth:`hold`."""
+        if self._held:
+            self._held.release()
+
+    def close_if_dead(self) -> None:
+        """Record ``KILLED`` if the run is recorded as running, but its process has ended without a record."""
+        if [record["status"] for record in self.records("status")][-1:] != ["RUNNING"]:
+            return
+        with suppress(Timeout), FileLock(self.folder / "running.lock").acquire(blocking=False):
+            self.status("KILLED")
+
     def flush(self) -> None:
         """Flush the journal to the disk, so that it survives a power cut."""
         if self._path.exists():
@@ -137,6 +156,12 @@ class Journal:
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def journals() -> list[Journal]:
+    """Return the journals of this workspace."""
+    folders = [path.parent for path in (workspace() / ".journal").glob("*/journal.jsonl")]
+    return [Journal(folder.name) for folder in sorted(folders) if is_run_key(folder.name)]
 
 
 def locked(path: Path, timeout: float = -1) -> AbstractContextManager[object]:

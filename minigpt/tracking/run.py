@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from minigpt.errors import UserError
-from minigpt.files import read_run_key, write_csv
+from minigpt.files import read_run_key, write_atomically, write_csv
 from minigpt.params import Params, flatten
 from minigpt.tracking.background import BackgroundUploader
 from minigpt.tracking.journal import Journal
@@ -40,10 +40,10 @@ RESULTS = {
 
 
 class Tracker:
-    """Records one run in its journal and uploads it."""
+    """Records one run in its journal and uploads it. ``live_history`` is a file that grows during a training."""
 
-    def __init__(self, key: str) -> None:
-        self.journal = Journal(key)
+    def __init__(self, key: str, live_history: Path | None = None) -> None:
+        self.journal, self.live_history = Journal(key), live_history
         self._uploader = Uploader(resolve_tracking_uri())
         self.display_uri = self._uploader.display_uri
         self._background = BackgroundUploader(self._uploader, self.journal)
@@ -63,6 +63,8 @@ class Tracker:
             journal.dataset(source.name, str(source), digest, sizes)
             self._record_workspace_files()
         journal.tags({"device": describe_device(device)} | ({"resumed": f"{starts} times"} if starts else {}))
+        self._record_experiment()
+        journal.hold()
         journal.status("RUNNING")
         self.attempt("system metrics", lambda: self._start_monitor(device))
         self.upload()
@@ -71,6 +73,25 @@ class Tracker:
         """Record metrics at a step."""
         self._has_metrics = True
         self.journal.metrics(step, {NAMES.get(name, name): value for name, value in values.items()})
+
+    def history(self, rows: list[dict[str, float]]) -> None:
+        """Write the evaluations so far to the file that `dvc plots show` and editors draw during a training."""
+        if (
+            self.live_history and not (self.live_history.parent / "metrics.json").exists()
+        ):  # no results of another training
+            self.live_history.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as temporary:
+                write_csv(Path(temporary) / "history.csv", rows)
+                write_atomically(self.live_history, (Path(temporary) / "history.csv").read_bytes())
+
+    def curves(self) -> list[dict[str, Any]]:
+        """Return the metrics by step in the form that DagsHub reads from git: one row for each value."""
+        return [
+            {"Name": name, "Value": value, "Timestamp": record["time"], "Step": record["step"]}
+            for record in self.journal.records("metrics")
+            for name, value in record["values"].items()
+            if name in NAMES.values()
+        ]
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Record the samples written so far during a training, as a table."""
@@ -126,6 +147,7 @@ class Tracker:
             steps = ", ".join(map(str, resumed_at))
             self.journal.tags({"resumed": f"{self._count_starts() - 1} times, after steps {steps}"})
         self.journal.status(status)
+        self.journal.release()
         self.finish()
 
     def stage(self, name: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -133,9 +155,7 @@ class Tracker:
         journal, experiment = self.journal, os.environ.get("DVC_EXP_NAME", "")
         if not journal.records("name"):
             journal.name(f"{experiment or journal.key[:6]} (restored)", restored=True)
-        known = [r["values"]["dvc.experiment"] for r in journal.records("tags") if "dvc.experiment" in r["values"]][-1:]
-        if experiment and experiment not in ", ".join(known).split(", "):
-            journal.tags({"dvc.experiment": ", ".join([*known, experiment])})
+        self._record_experiment()
         journal.params(params)
         self.results(name, metrics)
         self._record_workspace_files()
@@ -172,6 +192,11 @@ class Tracker:
         except Exception as error:
             print(f"minigpt: {what} failed: {describe_error(error)}", file=sys.stderr)
 
+    def _record_experiment(self) -> None:
+        """Record the DVC experiment: several may share a training, or retry one that failed."""
+        if experiment := os.environ.get("DVC_EXP_NAME"):
+            add_experiment(self.journal, experiment)
+
     def _count_starts(self) -> int:
         return sum(1 for record in self.journal.records("status") if record["status"] == "RUNNING")
 
@@ -194,12 +219,26 @@ class Tracker:
         self._monitor = Monitor(record, device)
 
 
-def tracker_of_model(record: Path) -> Tracker:
-    """Return the tracker of the run that trained this workspace's model. ``record`` is the file that names the run."""
+def add_experiment(journal: Journal, name: str) -> bool:
+    """Record that a DVC experiment has the run of a journal. Return whether that was unknown."""
+    tag = "dvc.experiment"
+    known = [record["values"][tag] for record in journal.records("tags") if tag in record["values"]][-1:]
+    if name in ", ".join(known).split(", "):
+        return False
+    journal.tags({tag: ", ".join([*known, name])})
+    return True
+
+
+def key_of_model(record: Path) -> str:
+    """Return the key of the run that trained this workspace's model. ``record`` is the file that names the run."""
     try:
-        key = read_run_key(record)
+        return read_run_key(record)
     except (OSError, ValueError) as error:
         raise UserError(f"{record}: does not name a run ({error}); create it with `dvc repro train`") from None
-    tracker = Tracker(key)
+
+
+def tracker_of_model(record: Path) -> Tracker:
+    """Return the tracker of the run that trained this workspace's model. ``record`` is the file that names the run."""
+    tracker = Tracker(key_of_model(record))
     tracker.upload()
     return tracker

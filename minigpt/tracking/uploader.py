@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from minigpt.errors import UserError
-from minigpt.files import is_run_key, remove, workspace
-from minigpt.tracking.journal import Journal, locked
+from minigpt.files import remove, workspace
+from minigpt.tracking.journal import Journal, journals, locked
 from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
 
 Entry = tuple[dict[str, Any], int]  # a record, and the offset in the journal at which it ends
@@ -200,13 +200,11 @@ def sync() -> int:
     If the store is unreachable or refuses some runs, raise UserError. Records sent before that stay in the store.
     """
     uploader = Uploader(resolve_tracking_uri(), SYNC_TIMEOUT)
-    folders = [
-        path.parent for path in (workspace() / ".journal").glob("*/journal.jsonl") if is_run_key(path.parent.name)
-    ]
     starts: dict[Journal, int] = {}
     errors = []
-    for journal in map(Journal, sorted(folder.name for folder in folders)):
+    for journal in journals():
         try:
+            journal.close_if_dead()
             starts.update((journal, record["time"]) for record in journal.records()[:1])
         except OSError as error:
             errors.append(f"{journal.folder}: cannot read the journal: {error.strerror}")

@@ -61,6 +61,8 @@ class TrainState:
     best_loss: float = math.inf  # that loss in nats per character
     evaluations_since_best: int = 0
     grad_norm: float = 0.0  # of the last step, before clipping
+    loss_scale: float = 2.0**16  # see scaling.py; used with float16 only
+    good_steps: int = 0  # steps with finite gradients since the loss scale changed
     train_seconds: float = 0.0  # without evaluations and checkpoints
     resumed_at: list[int] = field(default_factory=list)  # steps after which the training was resumed
     history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation

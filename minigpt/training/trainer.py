@@ -24,6 +24,7 @@ from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, S
 from minigpt.training.memory import check_memory
 from minigpt.training.optimizer import Optimizers, learning_rate
 from minigpt.training.samples import indented, usable_prompt, write_sample
+from minigpt.training.scaling import LossScale
 
 COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
 TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
@@ -36,6 +37,9 @@ class Observer(Protocol):
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step. A resumed training repeats the steps after its checkpoint."""
+
+    def history(self, rows: list[dict[str, float]]) -> None:
+        """Record the evaluations so far."""
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Record the samples written so far."""
@@ -84,7 +88,9 @@ class Trainer:
         self.parallel = group.wrap(self.model)
         self.compiled = should_compile(self.train.compile, group.device, self.train.max_iters)
         self.logits: Callable[[Tensor], Tensor] = self.parallel
-        self.optimizers = Optimizers(self.model, self.train, self.model.compute_dtype or torch.float32)
+        self.half = self.model.compute_dtype == torch.float16  # its gradients need loss scaling
+        muon_dtype = torch.float32 if self.half else self.model.compute_dtype or torch.float32
+        self.optimizers = Optimizers(self.model, self.train, muon_dtype)
         self.found_inf = torch.zeros((), device=group.device)
         self.prompt = usable_prompt(corpus.tokenizer, params.sample.prompts[0])
         self.best: dict[str, Tensor] = {}  # weights with the lowest validation loss so far
@@ -192,7 +198,7 @@ class Trainer:
                 ids = torch.where(replaced, torch.randint_like(ids, self.model.vocab_size), ids)
             with group.no_sync(self.parallel, micro != mine[-1]):
                 loss = cross_entropy(self.logits(ids), targets)
-                (loss / len(mine)).backward()
+                (loss * (self.state.loss_scale if self.half else 1) / len(mine)).backward()
             total += loss.detach() / train.grad_accum
         return total
 
@@ -201,11 +207,18 @@ class Trainer:
         total = self.accumulate_gradient(step)
         loss, requests = self.group.all_reduce_sum(torch.stack((total, torch.full_like(total, request)))).unbind()
         grads = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        if self.half:
+            LossScale(self.state).unscale(grads)
         norm = self.group.grad_norm(grads)
         if self.train.grad_clip:
             torch._foreach_mul_(grads, (self.train.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         finite = torch.isfinite(loss + norm)
-        if finite.is_cuda:
+        if self.half:  # waits for the device, as torch.amp.GradScaler does
+            if finite:
+                self.optimizers.step(step)
+            if LossScale(self.state).update(bool(finite)):
+                norm = norm.nan_to_num(0, 0, 0)  # an overflow is not an error: this step changes no weight
+        elif finite.is_cuda:
             # Once set it stays set: no later step may change the weights before the host has read it.
             self.found_inf = torch.maximum(self.found_inf, (~finite).float())
             self.optimizers.step(step, self.found_inf)
@@ -234,6 +247,7 @@ class Trainer:
         )
         if self.observer:
             self.observer.metrics(step, losses)
+            self.observer.history(state.history)
             self.observer.upload()
         state.evaluations_since_best += 1
         better = val_loss < state.best_loss or not self.best

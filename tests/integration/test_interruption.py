@@ -1,5 +1,6 @@
 """Tests of trainings that are killed, or stopped before their first checkpoint or after their last step."""
 
+import csv
 import os
 import signal
 import sys
@@ -84,3 +85,20 @@ def test_start_after_a_kill_before_the_first_checkpoint_says_so(tmp_path, projec
     printed, _ = again.communicate(timeout=120)
     assert again.returncode == 0, printed
     assert "starting from step 0: the earlier start ended before its first checkpoint" in printed
+
+
+@pytest.mark.slow
+def test_history_grows_while_a_training_runs(tmp_path, project_files):
+    folder = prepare(tmp_path / "work", project_files)
+    history, metrics = folder / "results/train/history.csv", folder / "results/train/metrics.json"
+    process = start_training(folder)
+    rows = lambda: len(history.read_text().splitlines()) - 1 if history.exists() else 0  # noqa: E731
+    for count in (1, 2):
+        assert wait_for(lambda count=count: rows() >= count, process), process.communicate()[0]
+        assert not metrics.exists()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert rows() == 7
+    curves = list(csv.DictReader((folder / "results/train/metrics.csv").open()))
+    assert list(curves[0]) == ["Name", "Value", "Timestamp", "Step"]
+    assert len([row for row in curves if row["Name"] == "loss/val"]) == 7

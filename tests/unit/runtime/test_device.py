@@ -47,6 +47,22 @@ def test_concurrent_processes_reserve_different_devices(tmp_path, monkeypatch):
 def test_explicit_dtype_is_used():
     assert compute_dtype("float32", CPU) is None
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+    assert compute_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(False, True, "mps"), (False, False, "cpu")])
+def test_auto_chooses_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, chosen):
+    """The availability is invented, because no machine has both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto").type == chosen
+    assert choose_device("cpu") == CPU
+    if mps:
+        assert choose_device("mps").type == "mps"
+        assert compute_dtype("auto", torch.device("mps")) is None
+    else:
+        with pytest.raises(UserError, match="mps is not available; set it to auto"):
+            choose_device("mps")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import uuid
 import pytest
 import torch
 from helpers.tracking import check_store, find_run, write_run
-from helpers.workspace import params_with
+from helpers.workspace import ROOT, params_with, python
 
 from minigpt.errors import UserError
 from minigpt.tracking import store, uploader
@@ -176,3 +176,32 @@ def test_description_of_a_run_outlives_its_journal():
     described = tracker.describe()
     assert described["name"] == f"drama 2x20 {KEY[:6]}"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", described["date"])
+
+
+def test_retry_adds_its_experiment_to_the_run(monkeypatch):
+    for name, status in (("failed-one", "FAILED"), ("its-retry", "FINISHED")):
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        tracker = Tracker(KEY)
+        tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+        tracker.end(status, [])
+    _, run = find_run(store.resolve_tracking_uri(), KEY)
+    assert (run.data.tags["dvc.experiment"], run.info.status) == ("failed-one, its-retry", "FINISHED")
+
+
+def test_sync_ends_runs_whose_process_was_killed(here):
+    code = (
+        "import os, sys, torch\n"
+        "from helpers.workspace import params_with\n"
+        "from minigpt.tracking.run import Tracker\n"
+        "tracker = Tracker(sys.argv[1])\n"
+        "tracker.begin(params_with(), 'e' * 64, {'train': 90, 'val': 10}, torch.device('cpu'))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    ran = python("-c", code, KEY, cwd=here, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert ran.returncode == -9, ran.stderr
+    alive = Tracker("c" * 32)
+    alive.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
+    uploader.sync()
+    assert find_run(store.resolve_tracking_uri(), KEY)[1].info.status == "KILLED"
+    assert find_run(store.resolve_tracking_uri(), "c" * 32)[1].info.status == "RUNNING"
+    alive.end("FINISHED", [])

@@ -36,6 +36,9 @@ class RecordingObserver:
         if self.on_metrics:
             self.on_metrics(step)
 
+    def history(self, rows):
+        """The result has them too."""
+
     def samples(self, rows):
         self.rows = [dict(row) for row in rows]
 
