@@ -44,6 +44,7 @@ class Tracker:
 
     def __init__(self, key: str) -> None:
         self.journal = Journal(key)
+        self.journal.clear_place()
         self._uploader = Uploader(resolve_tracking_uri())
         self.display_uri = self._uploader.display_uri
         self._background = BackgroundUploader(self._uploader, self.journal)
