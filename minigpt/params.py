@@ -228,7 +228,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {one_line(error)}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: not readable: {reason}") from None
 
 
 def parse(text: str, source: str) -> Params:
