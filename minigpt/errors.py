@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,7 +54,9 @@ def run(main: Callable[[], None]) -> None:
     """
     open_streams()
     provide_home()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = 0, 1
+    with suppress(UserError):  # `main` reports it, if it starts processes
+        rank, world_size = environment_integer("RANK", 0), environment_integer("WORLD_SIZE", 1)
     prefix = "minigpt: " if world_size == 1 else f"minigpt: rank {rank} of {world_size}, on {platform.node()}: "
     try:
         main()
@@ -81,6 +84,23 @@ def run(main: Callable[[], None]) -> None:
         if world_size == 1:
             raise
         _exit(1, f"{prefix}failed\n{traceback.format_exc().rstrip()}")
+
+
+def environment_number(name: str, default: float, least: float = 0, greatest: float = 1e9) -> float:
+    """Return the number in an environment variable, or the default if it is not set or empty."""
+    text = os.environ.get(name) or str(default)
+    with suppress(ValueError):
+        if least <= (value := float(text)) <= greatest:
+            return value
+    raise UserError(f"{name}: expected a number from {least:g} to {greatest:g}, got {text!r:.80}")
+
+
+def environment_integer(name: str, default: int, least: int = 0) -> int:
+    """Return the integer in an environment variable, or the default if it is not set or empty."""
+    value = environment_number(name, default, least)
+    if not value.is_integer():
+        raise UserError(f"{name}: expected an integer, got {value:g}")
+    return int(value)
 
 
 def open_streams() -> None:

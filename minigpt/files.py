@@ -7,10 +7,11 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -18,6 +19,9 @@ from minigpt.errors import UserError
 
 LARGEST_JSON = 64 << 20
 """Bytes of the largest JSON file that is read: a vocabulary of all code points has a quarter of it."""
+
+
+NOT_REGULAR = "not a regular file"
 
 
 def workspace() -> Path:
@@ -52,6 +56,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_unless_file(path: Path) -> None:
+    """Remove a folder, pipe or link in the place of a file of this project, which no version of it has made."""
+    if path.is_symlink() or not path.is_file():
+        remove(path)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file to read its bytes, or raise OSError: a pipe would wait for ever, a device has no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code, problem = (errno.EISDIR, os.strerror(errno.EISDIR)) if stat.S_ISDIR(mode) else (errno.EINVAL, NOT_REGULAR)
+        raise OSError(code, problem, str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 @contextmanager
@@ -98,10 +119,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a regular file with JSON. Raise OSError or ValueError for any other file."""
-    if path.exists() and not path.is_file():  # reading a pipe would block
-        raise ValueError(f"{path.name} is not a regular file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is {NOT_REGULAR}")
     try:
-        return json.loads(path.read_bytes())
+        with open_file(path) as file:
+            return json.loads(file.read())
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
 

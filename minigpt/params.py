@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from minigpt.choices import ACTIVATIONS, SCHEDULES
 from minigpt.errors import UserError
+from minigpt.files import open_file
 
 LOWEST_TEMPERATURE = 1e-6
 
@@ -219,7 +220,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
 def read_text(path: Path) -> str:
     """Return the text of a params file or a profile; raise a UserError if it cannot be read or is too large."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes; is this a params file?")
@@ -227,7 +228,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the root of the repository, where params.yaml is") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {one_line(error)}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: not readable: {reason}") from None
 
 
 def parse(text: str, source: str) -> Params:

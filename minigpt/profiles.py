@@ -25,7 +25,7 @@ def names(root: Path = Path()) -> list[str]:
 
 def describe(name: str, root: Path = Path()) -> str:
     """Return the first line of the comment at the start of a profile."""
-    return (root / DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return params.read_text(root / DIRECTORY / f"{name}.yaml").partition("\n")[0].removeprefix("# ")
 
 
 def apply(name: str, text: str, root: Path = Path()) -> str:

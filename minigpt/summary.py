@@ -18,7 +18,7 @@ FILES = [
 def summarize(model: Path, results: Path) -> str:
     """Return the summary of the stages that wrote to the folders ``model`` and ``results``."""
     for name in FILES:
-        if not (results / name).exists():
+        if not (results / name).is_file():
             raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
     try:
         return _summary(model, results)

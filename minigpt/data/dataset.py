@@ -8,7 +8,6 @@
 5. :meth:`Split.eval_batches` yields windows in order. They may overlap, but they score every target exactly once.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from minigpt.data.encode import SPLITS, digest
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
+from minigpt.files import NOT_REGULAR, read_json
 
 MAX_IN_MEMORY_BYTES = 1 << 28
 """Largest split in bytes that is expected to stay in the system's page cache once it has been read."""
@@ -198,11 +198,15 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     path, splits = folder / "digest.json", []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         recorded, sizes = content["sha256"], {name: int(content["bytes"][name]) for name in SPLITS}
         for name, size in sizes.items():
             path = folder / name
-            tokens = torch.from_numpy(np.load(path, mmap_mode="c"))  # copy-on-write: torch warns if it is read-only
+            if path.exists() and not path.is_file():
+                raise ValueError(NOT_REGULAR)
+            tokens = torch.from_numpy(np.lib.format.open_memmap(path, "c"))  # copy-on-write: torch warns if read-only
+            if tokens.shape != (len(tokens),) or tokens.numpy().dtype != tokenizer.dtype:
+                raise ValueError("not tokens of the vocabulary in this folder")
             if (found := path.stat().st_size) != size:
                 raise ValueError(f"{found} bytes, but {size} were written")
             limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else MAX_IN_MEMORY_BYTES

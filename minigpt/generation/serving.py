@@ -38,6 +38,9 @@ REQUIREMENTS = ["torch", "numpy", "pydantic", "safetensors", "tqdm", "filelock",
 LONGEST_TEXT = 100_000
 """Largest number of characters of a request, in all its prompts and new texts together."""
 
+LARGEST_BODY = 4 << 20
+"""Bytes of the largest request that is read: LONGEST_TEXT and the longest stop strings, all escaped, take 2.5 MB."""
+
 MOST_REQUESTS = 256
 """Requests that may wait for the model."""
 
@@ -66,15 +69,17 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             self._prepare_application()
 
     def _prepare_application(self) -> None:
-        """Let MLflow's application call :meth:`_serve` when it starts, because MLflow has no hook for that."""
+        """Let MLflow's application call :meth:`_serve` when it starts, and limit its requests; MLflow has no hooks."""
         import fastapi
+        from starlette.middleware import Middleware
 
         @asynccontextmanager
         async def lifespan(_app: fastapi.FastAPI) -> AsyncIterator[None]:
             self._serve(asyncio.get_running_loop())
             yield
 
-        fastapi.FastAPI = functools.partial(fastapi.FastAPI, lifespan=lifespan)  # type: ignore[misc, assignment]
+        application = functools.partial(fastapi.FastAPI, lifespan=lifespan, middleware=[Middleware(LimitedBody)])
+        fastapi.FastAPI = application  # type: ignore[misc, assignment]
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         """Prepare the server whose event loop this is for many requests, and for SIGTERM."""
@@ -135,6 +140,34 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 yield
             texts.append("".join(pieces))
         return texts
+
+
+class LimitedBody:
+    """ASGI middleware that refuses requests without a content type or with a large body, before they fill the memory.
+
+    MLflow's application answers errors with status 400 if they are raised while it reads the request.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request."""
+        from mlflow.exceptions import MlflowException
+
+        headers, received = dict(scope.get("headers", ())), 0
+
+        async def limited() -> Any:
+            nonlocal received
+            if not headers.get(b"content-type", b"").strip():
+                raise MlflowException.invalid_parameter_value("the header Content-Type is missing: application/json")
+            message = await receive()
+            received += len(message.get("body", b""))
+            if max(received, int(headers.get(b"content-length", b"0"))) > LARGEST_BODY:
+                raise MlflowException.invalid_parameter_value(f"a request can have {LARGEST_BODY:,} bytes")
+            return message
+
+        await self.app(scope, limited if scope["type"] == "http" else receive, send)
 
 
 def check_work(prompts: list[str], sampling: SamplingParams) -> int:

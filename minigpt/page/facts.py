@@ -1,7 +1,6 @@
 """The facts of a page: its models, and the results of the stages that made them."""
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.evaluation.ngrams import NGrams
 from minigpt.export import load_model
+from minigpt.files import read_json
 from minigpt.model import GPT
 from minigpt.page.build import Facts, PageDtype, choose_dtype, pack, write_page
 from minigpt.params import SampleParams, SamplingParams
@@ -214,7 +214,7 @@ def _corpus_of(root: Path) -> Corpus | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, empty if it does not exist or is damaged."""
     with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if isinstance(content, dict):
             return content
     return {}

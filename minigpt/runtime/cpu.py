@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from minigpt.errors import environment_integer
+
 HUGE_PAGE_BYTES = 1 << 21
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
@@ -109,10 +111,12 @@ def limit_to_share() -> None:
     """Limit a rank of a job, or a worker of a DVC queue, to its share of the cores, if there are enough for all."""
     if os.environ.get("MINIGPT_CPU") == "off" or not hasattr(os, "sched_setaffinity"):
         return
-    cores, rank = available_cores(), os.environ.get("LOCAL_RANK")
+    cores = available_cores()
     # A rank inherits its launcher's cores, which are the share of a queue worker already.
-    index, count = (int(rank), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if rank else queue_worker()
-    if 1 < count <= len(cores):
+    index, count = queue_worker()
+    if os.environ.get("LOCAL_RANK"):
+        index, count = environment_integer("LOCAL_RANK", 0), environment_integer("LOCAL_WORLD_SIZE", 1)
+    if index < count and 1 < count <= len(cores):
         share = len(cores) // count
         os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
 

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from minigpt.errors import PeerLostError, UserError
+from minigpt.errors import PeerLostError, UserError, environment_integer, environment_number
 from minigpt.runtime.device import choose_device
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def join_process_group(device: str, grad_accum: int, parallel: str = "ddp") -> I
     The arguments are params of the section ``train``; a UserError names a param that does not fit the job.
     Raise PeerLostError if another process has failed or cannot be reached.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = environment_integer("RANK", 0), environment_integer("WORLD_SIZE", 1, least=1)
     if grad_accum % world_size:
         raise UserError(
             f"train.grad_accum: {grad_accum} micro-batches cannot be shared equally by {world_size} processes; "
@@ -177,12 +177,15 @@ def join_process_group(device: str, grad_accum: int, parallel: str = "ddp") -> I
     if world_size == 1:
         yield ProcessGroup(0, 1, choose_device(device))
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        advice = "start the processes with torchrun, or unset WORLD_SIZE"
+        raise UserError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; {advice}")
     if ":" in device:
         raise UserError(f"train.device: {device} is a single device, but there are {world_size} processes; use cuda")
-    own_device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    own_device = choose_device(device, environment_integer("LOCAL_RANK", 0))
     cuda = own_device.type == "cuda"
     # Processes wait while rank 0 writes a checkpoint, so the timeout must exceed that.
-    timeout = timedelta(seconds=float(os.environ.get("MINIGPT_PEER_SECONDS", "300")))
+    timeout = timedelta(seconds=environment_number("MINIGPT_PEER_SECONDS", 300))
     try:
         store = next(rendezvous("env://", timeout=timeout))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minigpt.errors import UserError
-from minigpt.files import fsync, is_run_key, remove, workspace
+from minigpt.files import fsync, is_run_key, open_file, remove_unless_file, workspace
 from minigpt.tracking.records import parse
 
 EXPERIMENT = "minigpt"  # default name of the MLflow experiment, overridden by MLFLOW_EXPERIMENT_NAME
@@ -33,6 +33,10 @@ class Journal:
         self._lock = threading.Lock()
         self._held: FileLock | None = None
 
+    def clear_place(self) -> None:
+        """Remove anything in the place of the journal that is not a file, so that records can be written."""
+        remove_unless_file(self._path)
+
     @property
     def size(self) -> int:
         """Size of the journal in bytes."""
@@ -46,7 +50,7 @@ class Journal:
         found: list[tuple[dict[str, Any], int]] = []
         if not self._path.exists():
             return found
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             file.seek(start)
             lines = file.read().split(b"\n")[:-1]
         for line in lines:
@@ -59,7 +63,7 @@ class Journal:
         """Return whether the journal has a line that ends at byte ``offset``, or ``offset`` is 0."""
         if not 0 < offset <= self.size:
             return offset == 0
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             file.seek(offset - 1)
             return file.read(1) == b"\n"
 
@@ -170,7 +174,6 @@ def locked(path: Path, timeout: float = -1) -> AbstractContextManager[object]:
     Raise TimeoutError if another process still has it after ``timeout`` seconds, unless that is negative.
     """
     lock = Path(f"{path}.lock")
-    if lock.is_dir():  # no version of this project has made it
-        remove(lock)
+    remove_unless_file(lock)
     # Writing a record takes less than a millisecond, so filelock's 50 ms between two attempts would dominate.
     return FileLock(lock).acquire(timeout, poll_interval=0.01)

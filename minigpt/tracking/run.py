@@ -44,6 +44,7 @@ class Tracker:
 
     def __init__(self, key: str, live_history: Path | None = None) -> None:
         self.journal, self.live_history = Journal(key), live_history
+        self.journal.clear_place()
         self._uploader = Uploader(resolve_tracking_uri())
         self.display_uri = self._uploader.display_uri
         self._background = BackgroundUploader(self._uploader, self.journal)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from minigpt.errors import UserError
-from minigpt.files import workspace
+from minigpt.files import remove, workspace
 from minigpt.tracking.credentials import configured_page, find_token
 from minigpt.tracking.journal import EXPERIMENT, Journal, locked
 from minigpt.tracking.masking import mask, mask_stderr
@@ -87,6 +87,8 @@ class Store:
             # The first client of a database creates its tables, and two clients must not do that concurrently.
             lock = locked(workspace() / ".journal" / "store", self.timeout / 2) if self.local else nullcontext()
             with lock:
+                if (path := database_path(self.uri)) and (not path.exists() or not path.stat().st_size):
+                    create_database(path)
                 client = MlflowClient(self.uri)
                 if self.local:
                     client.get_experiment_by_name(EXPERIMENT)
@@ -279,6 +281,17 @@ def database_path(uri: str) -> Path | None:
     database = make_url(uri).database or ""
     path = unquote(database.removeprefix("file:")) if database.startswith("file:") else database
     return Path(path) if path not in ("", ":memory:") else None
+
+
+def create_database(path: Path) -> None:
+    """Create a store without runs, which appears complete or not at all. Killed halfway, MLflow could never open it."""
+    from mlflow import MlflowClient
+
+    temporary = path.with_name(f".{path.name}-new.tmp")
+    for remains in (temporary, temporary.with_name(f"{temporary.name}-journal")):
+        remove(remains)
+    MlflowClient(sqlite_uri(temporary)).get_experiment_by_name(EXPERIMENT)
+    temporary.replace(path)
 
 
 def describe_error(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from minigpt.errors import UserError
-from minigpt.files import remove, workspace
+from minigpt.files import remove_unless_file, workspace
 from minigpt.tracking.journal import Journal, journals, locked
 from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
 
@@ -136,8 +136,7 @@ class Progress:
         """Set both offsets and write the file."""
         self.sent, self.in_flight = sent, in_flight
         content = {"store": self._display_uri, "next": sent, "in_flight": in_flight}
-        if self._path.is_dir():  # no version of this project has made it
-            remove(self._path)
+        remove_unless_file(self._path)
         self._path.write_bytes(json.dumps(content).encode() + b"\n")
 
 

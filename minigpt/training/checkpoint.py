@@ -27,7 +27,15 @@ from torch import Tensor
 
 from minigpt.errors import UserError
 from minigpt.export import write_tensors
-from minigpt.files import atomic_directory, read_json, read_run_key, remove, write_atomically, write_json
+from minigpt.files import (
+    atomic_directory,
+    read_json,
+    read_run_key,
+    remove,
+    remove_unless_file,
+    write_atomically,
+    write_json,
+)
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -95,8 +103,7 @@ class Checkpoints:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         paths = self.folder.with_suffix(".lock"), self.folder.with_suffix(".pid")
         for path in paths:
-            if path.is_dir():  # no version of this project has made it
-                remove(path)
+            remove_unless_file(path)
         lock, holder = FileLock(paths[0]), paths[1]
         try:
             lock.acquire(blocking=False)

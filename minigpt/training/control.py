@@ -10,7 +10,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from minigpt.errors import Interrupted
+from minigpt.errors import Interrupted, environment_integer, environment_number
 from minigpt.runtime.cpu import ancestors
 from minigpt.runtime.distributed import ProcessGroup
 
@@ -57,8 +57,8 @@ class CheckpointTimer:
     """
 
     def __init__(self, step: int, elapsed: float = 0.0) -> None:
-        longest = float(os.environ.get("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS))
-        self._step = step + int(os.environ.get("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS))
+        longest = environment_number("MINIGPT_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS)
+        self._step = step + environment_integer("MINIGPT_CHECKPOINT_STEPS", CHECKPOINT_STEPS)
         self._time = time.monotonic() + min(longest, max(FIRST_CHECKPOINT_SECONDS, elapsed))
 
     def due(self, step: int) -> bool:

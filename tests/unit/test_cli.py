@@ -121,7 +121,10 @@ def test_unknown_character_is_named_and_can_be_skipped(exported):
         (["--max-new-tokens", "100000000000000"], "--max-new-tokens: must be at most 1000000000000, got 1000000000"),
         (["--seed", str(2**63)], "--seed: must be less than 9223372036854775808, got 9223372036854775808"),
         (["--seed", "9" * 5000], "--seed: expected an integer, got inf"),
-        (["--device", f"cuda:{'9' * 5000}"], "--device: expected 'auto', 'cpu', 'mps', 'cuda' or 'cuda:0', got 'cuda:999"),
+        (
+            ["--device", f"cuda:{'9' * 5000}"],
+            "--device: expected 'auto', 'cpu', 'mps', 'cuda' or 'cuda:0', got 'cuda:9",
+        ),
         (["--top-p", "0"], "--top-p: must be more than 0, got 0"),
         (["--top-k", "x"], "--top-k: expected an integer, got 'x'"),
         (["--top-k", "3.5"], "--top-k: expected an integer, got 3.5"),

@@ -4,7 +4,7 @@ import signal
 import pytest
 import torch
 
-from minigpt.errors import Interrupted, PeerLostError, UserError, run
+from minigpt.errors import Interrupted, PeerLostError, UserError, environment_integer, environment_number, run
 
 LESS_MEMORY = "reduce the model, its context, the batch size or the number of samples"
 
@@ -91,3 +91,22 @@ def test_error_in_a_job_names_the_rank(report, rank_1_of_2, error, message):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(signal.SIGINT, "saved")])
 def test_only_rank_0_reports_an_interruption(report, rank_1_of_2, error):
     assert report(error) == (130, "")
+
+
+def test_numbers_in_the_environment_are_checked(monkeypatch):
+    assert environment_number("MINIGPT_TEST", 2.5) == 2.5
+    for text, value in [("", 7), ("0.5", 0.5), (" 1e3 ", 1000)]:
+        monkeypatch.setenv("MINIGPT_TEST", text)
+        assert environment_number("MINIGPT_TEST", 7) == value
+    for text in ("soon", "-1", "nan", "inf", "1e10", "30s"):
+        monkeypatch.setenv("MINIGPT_TEST", text)
+        with pytest.raises(UserError, match=rf"MINIGPT_TEST: expected a number from 0 to 1e\+09, got '{text}'"):
+            environment_number("MINIGPT_TEST", 7)
+    monkeypatch.setenv("MINIGPT_TEST", "1.5")
+    with pytest.raises(UserError, match=r"MINIGPT_TEST: expected an integer, got 1\.5"):
+        environment_integer("MINIGPT_TEST", 1)
+
+
+def test_rank_that_is_no_number_does_not_hide_a_message(report, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    assert report(UserError("a message")) == (1, "minigpt: a message\n")

@@ -131,3 +131,23 @@ def test_csv_preserves_every_character(tmp_path):
         assert list(csv.DictReader(file)) == [{**row, "count": str(row["count"])} for row in rows]
     write_csv(tmp_path / "empty.csv", [])
     assert not (tmp_path / "empty.csv").read_text().strip()
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    with files.open_file(tmp_path / "file") as file:
+        assert file.read() == b"content"
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in [("pipe", "not a regular file"), ("/dev/zero", "not a regular file"), (".", "Is a directory")]:
+        with pytest.raises(OSError, match=problem):
+            files.open_file(tmp_path / path)
+
+
+def test_anything_but_a_file_is_removed_from_its_place(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "folder/inside").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("pipe", "link", "folder", "file", "missing"):
+        files.remove_unless_file(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "choices": set(),
-    "params": {"choices", "errors"},
+    "params": {"choices", "errors", "files"},
     "profiles": {"texts", "params", "errors"},
     "texts": {"errors", "files"},
     "runtime": {"errors", "files"},

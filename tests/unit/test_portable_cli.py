@@ -49,6 +49,10 @@ def write(exported, line):
         ("minigpt write 0>/dev/null", "standard input: not readable: Bad file descriptor"),
         (r"minigpt write $'\xff'", f"the prompt: not UTF-8: byte 1 is 0xff; {ICONV}"),
         (r"minigpt write a --stop $'\xff'", f"--stop: not UTF-8: byte 1 is 0xff; {ICONV}"),
+        ("minigpt check /dev/zero", "/dev/zero: not readable: not a regular file"),
+        ("minigpt check <(echo model)", "/dev/fd/63: not readable: not a regular file"),
+        ("minigpt write --model /dev/zero", "/dev/zero: no such model"),
+        ("minigpt page --model /etc/passwd", "/etc/passwd: no such model"),
         ("minigpt write --model $(printf 'x%.0s' {1..5000})", "xxxxx"),
     ],
 )

@@ -149,3 +149,16 @@ def test_params_that_do_not_fit_the_world_size_are_rejected(monkeypatch, world_s
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     with pytest.raises(UserError, match=message), distributed.join_process_group(device, 4):
         pass
+
+
+def test_world_size_without_a_job_is_reported(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(
+            UserError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set; start the proc"
+        ),
+        distributed.join_process_group("cpu", 2),
+    ):
+        pass

@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 
 import pytest
@@ -105,3 +107,19 @@ def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(here):
     problem = f"{here}/mlflow.db: not a database but a folder or device; move it out of the way"
     assert ran.stderr == f"minigpt: run aaaaaaaa was not sent to sqlite:///{here}/mlflow.db: {problem}\n"
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_store_is_complete_after_a_kill_during_its_creation(here):
+    write_run(KEY, steps=3)
+    started = subprocess.Popen([sys.executable, "-m", "minigpt", "sync"], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (remains := list(here.glob(".mlflow.db-new.tmp*"))):
+        assert started.poll() is None
+        time.sleep(0.001)
+    started.kill()
+    started.wait()
+    assert remains
+    assert not (here / "mlflow.db").exists() or not (here / "mlflow.db").stat().st_size
+    assert uploader.sync() == 1
+    check_store(store.resolve_tracking_uri(), KEY)
+    assert not list(here.glob(".mlflow.db*"))
