@@ -72,7 +72,7 @@ def write_api_pages(_app: "Sphinx") -> None:
 
 
 def parse_docstring(_app: "Sphinx", what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
-    """Turn the sections of a docstring in Google's style into fields. Docstrings of values have colons, but no sections."""
+    """Turn the sections of a docstring in Google's style into fields. Those of values have colons, but no sections."""
     if what not in ("data", "attribute"):
         lines[:] = GoogleDocstring("\n".join(lines), Config()).lines()
 
