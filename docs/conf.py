@@ -44,7 +44,7 @@ coverage_modules = ["minigpt", "stages"]
 coverage_ignore_modules = [r"minigpt\.__main__"]
 
 nitpicky = True
-nitpick_ignore_regex = [  # names of other packages, and parts of annotations that are no names
+nitpick_ignore_regex = [  # names of other packages, and parts of annotations
     (r"py:.*", r"(annotated_types|click|collections|contextlib|mlflow|numpy|pandas|pathlib|pydantic|torch)\..+"),
     (r"py:class", r"NoneType|NDArray|Tensor|FieldInfo|MinLen|MaxLen|_PydanticGeneralMetadata|Path|Run|Rows|[\d.e-]+"),
     (r"py:.*", r"MlflowClient|MlflowException|list\[dict\[str"),
