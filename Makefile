@@ -2,7 +2,7 @@
 # make help       list the targets
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test test-slow test-all coverage torture bench lint format shakespeare page ui sync dagshub clean
+.PHONY: all help setup test test-slow test-all coverage torture bench lint format docs shakespeare page ui sync dagshub clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,13 +24,20 @@ setup: $(VENV)/installed  ## only create .venv and install the dependencies
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minigpt: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "minigpt: installing PyTorch, DVC and MLflow into $(VENV), once; this takes two to ten minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
 	@$(VENV)/bin/minigpt plots-page
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "minigpt: installing the tools for tests into $(VENV), once; this takes a few minutes"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	@echo "minigpt: installing Sphinx into $(VENV), once; this takes a minute"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 # Two workers are faster than one on any machine with two cores, and each loads torch and mlflow.
@@ -64,6 +71,12 @@ lint: $(VENV)/installed-dev  ## run the linter, the format check and the type ch
 format: $(VENV)/installed-dev  ## format the code
 	ruff check --fix .
 	ruff format .
+
+# Two passes over the same pages: the first warns of undocumented objects, the second of broken links and names.
+docs: $(VENV)/installed-docs  ## build the documentation as a site, in site/; any warning is an error
+	sphinx-build --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees --builder coverage . site/.coverage
+	sphinx-build --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees . site
+	@echo "minigpt: open site/docs/README.html"
 
 shakespeare: $(VENV)/installed  ## fetch Tiny Shakespeare, and train on it with the profile for a CPU
 	@minigpt profile shakespeare-cpu

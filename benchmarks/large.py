@@ -2,9 +2,9 @@
 
 python -m benchmarks.large FOLDER [--gigabytes 10] [--results benchmarks/results]
 
-Everything lies in FOLDER/large, which is removed at the end: twice the size of the text and a little. Memory is that of
-each process by itself, and at its peak: ``rss`` is all of it that is not swapped out (VmHWM), ``anonymous`` what is
-not pages of a file (RssAnon + RssShmem), seen fifty times a second.
+All files are in FOLDER/large, which is removed at the end. They need little more than twice the size of the text.
+Memory is the peak of each process alone. ``rss`` is all memory that is not swapped out (VmHWM). ``anonymous`` is memory
+without pages of files (RssAnon + RssShmem), read fifty times a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the project is measured against, written from published descriptions or taken from the package index."""
+"""Peers that the project is measured against, written from published descriptions or taken from the package index."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Reference(Peer):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, length: int) -> Tensor:
-        """Read the whole context anew for each character."""
+        """Read the whole context again for each character."""
         for _ in range(length):
             logits = self(ids[:, -self.config.block_size :])[:, -1]
             ids = torch.cat((ids, torch.multinomial(logits.softmax(-1), 1)), 1)

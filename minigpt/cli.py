@@ -36,7 +36,7 @@ class WriteParams(params.SampleParams):
 
 
 class NumberType(click.FloatRange):
-    """Type of a numeric option. The help shows the range, and :func:`params.validate` checks it."""
+    """Type of a numeric option. The help shows the range, and :func:`minigpt.params.validate` checks it."""
 
     name = "number"
 
@@ -49,7 +49,7 @@ class NumberType(click.FloatRange):
 
 
 class ChoiceType(click.Choice):  # type: ignore[type-arg]
-    """Type of an option with named choices, which :func:`params.validate` checks."""
+    """Type of an option with named choices, which :func:`minigpt.params.validate` checks."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
         """Return the value as it is."""

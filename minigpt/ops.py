@@ -128,7 +128,7 @@ def attention_mask(like: Tensor, length: int, window: int, n_head: int) -> Tenso
 
     Returns:
         0 where a position may attend and -inf elsewhere, (T, T); None where the fused kernel masks by itself; with a
-        window below T, the mask of :func:`_local_attention`.
+        window below T, the mask of ``_local_attention``.
     """
     if 0 < window < length:
         copies = 1 if like.is_cuda else like.size(0) * n_head  # baddbmm does not broadcast

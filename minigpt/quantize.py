@@ -31,7 +31,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a matrix (out, in) to integers in [-127, 127] with one scale per row.
 
     Returns:
-        integers, int8 (out, in), and scales, bfloat16 (out,): the largest magnitude of the row over 127.
+        Integers, int8 (out, in), and scales, bfloat16 (out,), which are the largest magnitude of the row over 127.
     """
     scales = (weight.abs().amax(1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     integers = (weight / scales.to(weight.dtype)[:, None]).round().clamp(-127, 127)

@@ -1,4 +1,4 @@
-"""Write text with the trained model, measure how much of it is copied, and make a web page that writes such text.
+"""Write text with the trained model, measure the copied share, and make a web page that writes such text.
 
 python -m stages.sample        models/gpt, data/prepared, results/{train,evaluate}
                                -> results/sample/{samples.txt,memorised.csv,metrics.json,page.html}

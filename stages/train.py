@@ -1,8 +1,9 @@
 """Train a GPT on the prepared tokens, as one MLflow run.
 
-    python -m stages.train        data/prepared
-                                  -> models/gpt, results/train/{history,samples,metrics}.csv, {metrics,run}.json
-    torchrun --nproc-per-node 2 -m stages.train
+python -m stages.train        data/prepared
+                              -> models/gpt, results/train/{history,samples,metrics}.csv, {metrics,run}.json
+
+torchrun --nproc-per-node 2 -m stages.train
 
 If train.processes > 1, the first command starts that number of processes. A training that was killed resumes from its
 last checkpoint when the same command runs again.

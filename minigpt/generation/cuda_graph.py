@@ -78,7 +78,7 @@ class GraphedGPT:
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a new plan, in 30 ms, for every number of keys
 
     def make_cache(self, batch_size: int, slots: int | None = None) -> GraphCache:
-        """Return an empty cache, as :meth:`GPT.make_cache`."""
+        """Return an empty cache, as :meth:`minigpt.model.GPT.make_cache`."""
         return GraphCache(self.model, batch_size, slots or self.model.config.block_size)
 
     def __call__(self, ids: Tensor, cache: KVCache, num_logits: int | None = None) -> Tensor:

@@ -165,7 +165,7 @@ class NativeGPT:
         )  # fmt: skip
 
     def make_cache(self, batch_size: int, slots: int | None = None) -> NativeCache:
-        """Return an empty cache, as :meth:`GPT.make_cache`."""
+        """Return an empty cache, as :meth:`minigpt.model.GPT.make_cache`."""
         dtype = self.dtype if self.weight_dtype == "float32" else torch.bfloat16
         return NativeCache(self.config, batch_size, slots or self.config.block_size, dtype, self.vocab_size)
 

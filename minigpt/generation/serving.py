@@ -202,7 +202,7 @@ def refuse_unknown_params() -> None:
 
 
 def parameter_schema() -> ParamSchema:
-    """Return MLflow's schema of :class:`SamplingParams`, with its names and defaults."""
+    """Return MLflow's schema of :class:`minigpt.params.SamplingParams`, with its names and defaults."""
     kinds = {int: DataType.long, float: DataType.double, str: DataType.string, list: DataType.string}
     return ParamSchema([
         ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
