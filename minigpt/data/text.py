@@ -113,7 +113,9 @@ def _find_cut(file: BinaryIO, begin: int, end: int, size: int, normalize: str) -
         cut = last_safe_cut(data)
         if normalize == "NFC" and cut:
             text = data[:cut].decode("utf-8", "surrogateescape")
-            cut = len(text[: last_boundary(text)].encode("utf-8", "surrogateescape"))
+            boundary = last_boundary(text)
+            boundary -= text[boundary - 1 : boundary + 1] == "\r\n"
+            cut = len(text[:boundary].encode("utf-8", "surrogateescape"))
         if cut:
             return start + cut
         end += PIECE_BYTES

@@ -3,7 +3,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt.data import text as text_module
@@ -44,6 +44,7 @@ TEXTS = st.lists(
 
 @settings(deadline=None)
 @given(texts=TEXTS, size=st.integers(1, 40), normalize=st.sampled_from(["none", "NFC"]), mark=st.booleans())
+@example(texts=["aa\u0928\r\n\u00e9"], size=11, normalize="NFC", mark=True)
 def test_pieces_join_to_the_whole_text(tmp_path_factory, texts, size, normalize, mark):
     folder = tmp_path_factory.mktemp("texts")
     expected = ""
