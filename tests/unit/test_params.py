@@ -49,7 +49,7 @@ def test_reference_is_the_published_system():
             "model.activation: expected 'relu', 'relu2', 'gelu' or 'swiglu', got 'tanh'",
         ),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: expected a finite number, got nan"),
-        ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'cuda'"),
+        ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'mps', 'cuda'"),
         ({"train": {"grad_accum": 5}}, "train.grad_accum: must divide batch_size"),
         ({"train": {"beta1": 1}}, "train.beta1: must be less than 1"),
         ({"evaluate": {"stride": 10_000}}, "evaluate: its stride must be at most model.block_size"),
