@@ -23,7 +23,7 @@ PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure
 USER_ERROR_DELAY = 10.0  # seconds in which rank 0 reports the same mistake of the user first, and ends its MLflow run
 WRITE_ERRORS = (  # a full or read-only disk, a mount point, or a file in the place of a folder
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EBUSY,
-    errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 

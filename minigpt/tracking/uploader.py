@@ -6,6 +6,7 @@ An unreachable store never stops a training. `minigpt sync` sends the missing re
 import hashlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ class Uploader:
         self.sent = 0  # records, over all journals
         self.last_success = -math.inf  # time of the last accepted request, by time.monotonic
         self._run_ids: dict[str, str] = {}
-        self._digest = hashlib.sha256(self.display_uri.encode()).hexdigest()[:8]
+        self._digest = hashlib.sha256(os.fsencode(self.display_uri)).hexdigest()[:8]
         # A stage touches this file after it has waited for the store without success.
         self.unreachable_marker = workspace() / ".journal" / f"away-{self._digest}"
 
