@@ -77,7 +77,8 @@ def test_commands_of_a_page_run_in_a_fresh_clone(page, tmp_path, project_files):
     tree = yaml.safe_load(profile.read_text(encoding="utf-8"))
     profile.write_text(yaml.safe_dump(overlay(tree, SMALL)), encoding="utf-8")
     (folder / ".venv").mkdir()
-    (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
     (folder / ".venv/installed").touch()  # `make` does not install again
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if not line.startswith(tuple(NOT_RUN))]
