@@ -83,7 +83,7 @@ def test_commands_of_a_page_run_in_a_fresh_clone(page, tmp_path, project_files):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if not line.startswith(tuple(NOT_RUN))]
     assert len(lines) > 10
-    script = "\n".join(["git add --all && git commit --quiet --message start", *lines])
+    script = "\n".join(["git branch -M main && git add --all && git commit --quiet --message start", *lines])
     variables = {"PYTHONPATH": str(folder), "BROWSER": "true", "COLUMNS": "80"}
     ran = command("bash", "-euxo", "pipefail", "-c", script, cwd=folder, **variables)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
