@@ -54,6 +54,12 @@ def test_page_of_environment_variables_has_those_that_the_code_reads():
     assert documented == set(re.findall(r"\b(MINIGPT_[A-Z_]+|DAGSHUB_[A-Z_]+|CXX)\b", code))
 
 
+def test_architecture_lists_every_module():
+    tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Files")[2]
+    listed = set(re.findall(r"(\w+)\.py\b", tree))
+    assert {path.stem for path in SOURCES if not path.stem.startswith("__")} <= listed
+
+
 def test_readme_fits_on_one_page():
     text = re.sub(r"```.*?```|\]\([^)]*\)", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(text.split()) <= 700
