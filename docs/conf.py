@@ -40,6 +40,7 @@ myst_heading_anchors = 4
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
 autodoc_typehints_format = "short"
 coverage_show_missing_items = True
+coverage_statistics_to_stdout = False
 coverage_modules = ["minigpt", "stages"]
 coverage_ignore_modules = [r"minigpt\.__main__"]
 

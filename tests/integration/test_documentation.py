@@ -54,6 +54,12 @@ def test_page_of_environment_variables_has_those_that_the_code_reads():
     assert documented == set(re.findall(r"\b(MINIGPT_[A-Z_]+|DAGSHUB_[A-Z_]+|CXX)\b", code))
 
 
+def test_architecture_lists_every_module():
+    tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Files")[2]
+    listed = set(re.findall(r"(\w+)\.py\b", tree))
+    assert {path.stem for path in SOURCES if not path.stem.startswith("__")} <= listed
+
+
 def test_readme_fits_on_one_page():
     text = re.sub(r"```.*?```|\]\([^)]*\)", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(text.split()) <= 700
@@ -77,12 +83,13 @@ def test_commands_of_a_page_run_in_a_fresh_clone(page, tmp_path, project_files):
     tree = yaml.safe_load(profile.read_text(encoding="utf-8"))
     profile.write_text(yaml.safe_dump(overlay(tree, SMALL)), encoding="utf-8")
     (folder / ".venv").mkdir()
-    (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
     (folder / ".venv/installed").touch()  # `make` does not install again
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if not line.startswith(tuple(NOT_RUN))]
     assert len(lines) > 10
-    script = "\n".join(["git add --all && git commit --quiet --message start", *lines])
+    script = "\n".join(["git branch -M main && git add --all && git commit --quiet --message start", *lines])
     variables = {"PYTHONPATH": str(folder), "BROWSER": "true", "COLUMNS": "80"}
     ran = command("bash", "-euxo", "pipefail", "-c", script, cwd=folder, **variables)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
