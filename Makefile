@@ -14,7 +14,7 @@ export REPO
 
 all: $(VENV)/installed  ## run all stages with params.yaml, and show the results
 	@minigpt check
-	@dvc repro
+	@MINIGPT_SUMMARY=off dvc repro
 	@minigpt summary
 
 help:  ## list the targets

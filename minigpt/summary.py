@@ -2,10 +2,15 @@
 
 import csv
 import itertools
+import os
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from minigpt import params
+from minigpt.comparison.tables import changes, committed_params
 from minigpt.errors import UserError
+from minigpt.evaluation.paired import STUDENT_95
 from minigpt.files import require_json
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
@@ -15,26 +20,28 @@ FILES = [
 ]  # fmt: skip
 
 
-def summarize(model: Path, results: Path) -> str:
+LABEL = " " * 20
+"""Start of a line that continues the one before."""
+
+
+def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
     """Return the summary of the stages that wrote to the folders ``model`` and ``results``."""
     for name in FILES:
         if not (results / name).is_file():
             raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
     try:
-        return _summary(model, results)
+        return _summary(model, results) + (NEXT_STEPS if next_steps else "")
     except (OSError, KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{results}: damaged ({reason}); `dvc checkout dvc.yaml` restores the files") from None
 
 
 def _summary(model: Path, results: Path) -> str:
-    source = params.load().data.source
+    settings = params.load()
     train, evaluation, sample = (
         require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
     )
     val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
-    best, ngram = min((loss, name) for name, loss in evaluation["baselines"].items() if name != "characters")
-    comparison = "better" if val["loss"] < best else "worse"
     error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
     with (results / "train" / "history.csv").open(newline="", encoding="utf-8") as file:
         untrained = float(next(csv.DictReader(file))["val_loss"])
@@ -42,17 +49,16 @@ def _summary(model: Path, results: Path) -> str:
     excerpt = "\n".join(f"  | {line[:75]}" for line in itertools.islice(sample_lines, 12))
     uri = Uploader(resolve_tracking_uri()).display_uri
     local = uri == local_store_uri()
-    runs = "make ui" if local else f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     minutes, seconds = divmod(round(train["train_seconds"]), 60)
     return f"""
-  {source}
+  {settings.data.source}
   {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
+{_verdict(train, evaluation)}{_changed(settings)}
   validation loss   {val["loss"]:.4f} nats, {val["bits_per_character"]:.4f} bits per character
                     exact over {val["characters"]:,} characters{error}
                     before training: {untrained:.4f} nats
   training loss     {evaluation["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
-  best n-gram model {best:.4f} nats, a {ngram}; the GPT is {abs(best - val["loss"]):.4f} {comparison}
   calibration error {val["calibration_error"]:.4f}; the most likely character is correct in {val["accuracy"]:.1%}
   copied            at most {copied["longest_run"]} characters, {copied["share_of_8_grams"]:.0%} of 8-grams
                     held-out text: {held_out["longest_run"]} characters, {held_out["share_of_8_grams"]:.0%} of 8-grams
@@ -65,13 +71,46 @@ def _summary(model: Path, results: Path) -> str:
   metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
   charts    dvc plots show
   runs      {"mlflow.db" if local else uri}
+"""
 
+
+def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """Return the comparison with the best n-gram model, signs of overfitting, and the size of luck, as lines."""
+    val, baselines = evaluation["val"], evaluation["baselines"]
+    loss, name = min((loss, name) for name, loss in baselines.items() if name != "characters")
+    versus = evaluation.get("versus_ngram", {"difference": val["loss"] - loss})  # older results have none
+    size, error = abs(versus["difference"]), versus.get("standard_error")
+    if error and size < STUDENT_95 * error:
+        sentences = [f"no better and no worse than the best n-gram model ({name}: {loss:.4f} nats)"]
+    else:
+        comparison = "better" if versus["difference"] < 0 else "WORSE"
+        margin = f" ± {error:.4f}" if error else ""
+        sentences = [f"{comparison} than the best n-gram model ({name}: {loss:.4f}) by {size:.4f}{margin} nats"]
+    if since := train.get("overfitting_since"):
+        sentences.append(f"overfitting since step {since:,}: more training does not help")
+    if error:
+        sentences.append(f"differences under {STUDENT_95 * error:.2g} nats from other trainings may be luck")
+    return _labelled("verdict", "; ".join(sentences))
+
+
+def _changed(settings: params.Params) -> str:
+    """Return the params that differ from those in git; nothing if there are none."""
+    committed = committed_params(os.environ.get("DVC_EXP_BASELINE_REV") or "HEAD")
+    changed = changes(committed, params.flatten(settings)) if committed else ""
+    return "\n" + _labelled("changed params", f"{changed} (compared with the last commit)") if changed else ""
+
+
+def _labelled(label: str, text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent=f"  {label:<18}", subsequent_indent=LABEL, break_on_hyphens=False)
+
+
+NEXT_STEPS = """
   Next steps
 
     source .venv/bin/activate
-    git add dvc.lock && git commit -m "First run"    the baseline of experiments
-    dvc exp run -S model.n_embd=512                  train a wider model
-    dvc exp show --only-changed                      compare the experiments
-    {runs:<48} show the curves
-    make shakespeare                                 train on a larger text
+    git add dvc.lock && git commit -m "First run"     the baseline of experiments
+    dvc exp run --temp -S model.n_embd=512            train a wider model
+    minigpt compare                                   compare the experiments
+    make ui                                           show the curves
+    make shakespeare                                  train on a larger text
 """

@@ -6,6 +6,8 @@ python -m stages.sample        models/gpt, data/prepared, results/{train,evaluat
 
 from __future__ import annotations
 
+import os
+
 from minigpt import errors, params
 from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
@@ -23,6 +25,7 @@ def main() -> None:
     from minigpt.generation.generator import Generator
     from minigpt.page.facts import PageModel, build_page
     from minigpt.runtime.device import choose_device
+    from minigpt.summary import summarize
     from minigpt.tracking.run import tracker_of_model
 
     tracker = tracker_of_model(RESULTS / "train" / "run.json")
@@ -53,6 +56,8 @@ def main() -> None:
     tracker.journal.artifact(samples.parent)
     tracker.note(RESULTS, "train", "evaluate", "sample")
     tracker.stage("sample", params.flatten(sampling, "sample."), params.flatten(metrics))
+    if os.environ.get("MINIGPT_SUMMARY") != "off":  # `make` shows it after the stages, also if none had to run
+        print(summarize(MODEL, RESULTS, next_steps=False))
 
 
 if __name__ == "__main__":

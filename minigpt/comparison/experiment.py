@@ -175,8 +175,15 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(name, Revision(commit), int(created), baseline=baseline.replace("/", ""))
 
 
+def _is_run(experiment: Experiment, name: str) -> bool:
+    """Return whether an experiment has the MLflow run with this name or with this start of its key."""
+    run = experiment.run
+    begins = re.fullmatch("[0-9a-f]{6,32}", name) is not None and str(run.get("run", "")).startswith(name)
+    return begins or (bool(name) and run.get("name") == name)
+
+
 def find(name: str) -> Experiment:
-    """Return the experiment that the user means: a folder, a DVC experiment, a run or a git revision, in this order.
+    """Return the experiment that the user means: a folder, a DVC experiment, a git revision or a run, in this order.
 
     ``workspace`` is the folder in which the command runs. A run is named by its MLflow name, or by at least 6 digits of
     its key.
@@ -194,8 +201,11 @@ def find(name: str) -> Experiment:
         return found
     if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return Experiment(name, Revision(commit))
+    workspace = [Experiment("workspace", Folder(Path()))] if Path(RESULTS).is_dir() else []
+    if found := next((each for each in [*known, *workspace] if _is_run(each, name)), None):
+        return found
     import difflib
 
     close = difflib.get_close_matches(name, [each.name for each in known], n=1)
     hint = f"; did you mean {close[0]}?" if close else "; `minigpt compare` lists the experiments"
-    raise UserError(f"{name}: no folder, DVC experiment or git revision has this name{hint}")
+    raise UserError(f"{name}: no folder, DVC experiment, git revision or run has this name{hint}")

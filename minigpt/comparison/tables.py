@@ -31,7 +31,7 @@ def overview(seeds: bool = False) -> str:
     rows = _known()
     if not rows:
         raise UserError("no experiment has results yet; `dvc repro` or `dvc exp run` makes one")
-    reference = _committed_params() or rows[0].params
+    reference = committed_params("HEAD") or rows[0].params
     if seeds:
         return seed_table(group_by_seed(rows), reference)
     rows.sort(key=lambda each: each.val_loss if each.val_loss is not None else math.inf)
@@ -71,10 +71,10 @@ def _identity(experiment: Experiment) -> Any:
     return run, experiment.val_loss, tuple(sorted((name, str(value)) for name, value in experiment.params.items()))
 
 
-def _committed_params() -> dict[str, Any]:
-    """Return the params that git has committed, empty without git."""
-    text = git("show", "HEAD:./params.yaml")
-    tree = params.read_yaml(text, "HEAD:params.yaml") if text else None
+def committed_params(revision: str) -> dict[str, Any]:
+    """Return the params of a git revision by dotted name, empty without git."""
+    text = git("show", f"{revision}:./params.yaml")
+    tree = params.read_yaml(text, f"{revision}:params.yaml") if text else None
     return params.flatten(tree) if isinstance(tree, dict) else {}
 
 

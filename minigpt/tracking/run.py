@@ -56,8 +56,8 @@ class Tracker:
         journal, model = self.journal, params.model
         starts = self._count_starts()
         if not starts:
-            source, shape = Path(params.data.source), f"{model.n_layer}x{model.n_embd}"
-            journal.name(os.environ.get("DVC_EXP_NAME") or f"{source.stem} {shape} {journal.key[:6]}")
+            source, shape = Path(params.data.source), f"{model.n_layer}x{model.n_embd} {params.train.optimizer}"
+            journal.name(f"{source.stem} {shape} ({os.environ.get('DVC_EXP_NAME') or journal.key[:6]})")
             # The later stages record their own sections.
             journal.params(flatten(params.model_dump(include={"data", "model", "train"})))
             journal.tags(provenance())

@@ -28,6 +28,7 @@ from minigpt.training.scaling import LossScale
 
 COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
 TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
+OVERFITTING = 2  # consecutive evaluations that count as overfitting: with a lower training loss than the best step's
 # Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions).
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
@@ -56,6 +57,17 @@ class TrainResult:
     history: list[dict[str, float]]
     samples: list[dict[str, Any]]
     metrics: dict[str, float]
+
+
+def overfitting_since(history: list[dict[str, float]]) -> int | None:
+    """Return the step of the lowest validation loss if the model overfits after it, else None.
+
+    It does if at least OVERFITTING evaluations followed, and all of them have a lower training loss.
+    """
+    best = min(range(len(history)), key=lambda index: history[index]["val_loss"])
+    later = history[best + 1 :]
+    overfits = len(later) >= OVERFITTING and all(row["train_loss"] < history[best]["train_loss"] for row in later)
+    return int(history[best]["step"]) if overfits else None
 
 
 def should_compile(setting: str, device: torch.device, steps: int) -> bool:
@@ -128,6 +140,8 @@ class Trainer:
                     with self.clock.paused():
                         self.write_sample(step)
                 if last or (train.patience and state.evaluations_since_best >= train.patience):
+                    if not last and self.group.is_main:
+                        tqdm.write(f"minigpt: stopping early: no better loss in {train.patience} evaluations")
                     break
                 total = self._read(scalars.push(step, self.train_step(step, control.request)))
                 state.step = step + 1
@@ -257,6 +271,12 @@ class Trainer:
         if self.group.is_main:
             best = "   best" if better else ""
             tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   validation {val_loss:.4f}{best}")
+            if state.evaluations_since_best == OVERFITTING and (since := overfitting_since(state.history)) is not None:
+                tqdm.write(
+                    f"minigpt: overfitting since step {since:,}: the validation loss rises while the training loss "
+                    "falls. The best weights are kept. More text, a smaller model or more train.weight_decay or "
+                    "model.dropout may help; train.patience stops early"
+                )
 
     def write_sample(self, step: int) -> None:
         """Write a sample with the weights of this step, and report it. Nothing that training reads is changed."""
@@ -348,6 +368,8 @@ class Trainer:
             "train_seconds": round(seconds, 2), "chars_per_second": round(characters / seconds),
             "model_gflops": round(flops / 1e9, 3),
         }  # fmt: skip
+        if (since := overfitting_since(state.history)) is not None:
+            metrics["overfitting_since"] = since
         if self.group.device.type == "cuda":
             metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.group.device)
             name = torch.cuda.get_device_name(self.group.device)

@@ -28,11 +28,15 @@ def imports_of(file):
                 yield from (path for path in (module.with_suffix(".py"), module / "__init__.py") if path.is_file())
 
 
-def import_closure(*paths):
-    """Return all files that the files at ``paths`` import, directly or not, and these files."""
+def import_closure(*paths, without=()):
+    """Return all files that the files at ``paths`` import, directly or not, and these files.
+
+    Parts of the library, such as ``tracking`` or ``summary.py``, in ``without`` are not followed.
+    """
+    skipped = {file for part in without for file in python_files(f"minigpt/{part}")}
     found, queue = set(), [file for path in paths for file in python_files(path)]
     while queue:
-        if (file := queue.pop()) not in found:
+        if (file := queue.pop()) not in found | skipped:
             found.add(file)
             queue += imports_of(file)
     return found

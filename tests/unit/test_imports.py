@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": {"generation", *EVALUATION},
     "page": {"evaluation", "export", "quantize", *MODEL},
     "comparison": {"evaluation", "data", *BASE},
-    "summary": {"tracking", *BASE},
+    "summary": {"comparison", "evaluation", "tracking", *BASE},
     "cli": {"profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},
     "__init__": set(),

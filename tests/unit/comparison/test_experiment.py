@@ -38,5 +38,13 @@ def test_missing_and_damaged_results_are_reported(folder, tmp_path):
         _ = find(str(folder)).val_loss
     with pytest.raises(UserError, match="has no folder results"):
         find(str(tmp_path))
-    with pytest.raises(UserError, match="no folder, DVC experiment or git revision has this name"):
+    with pytest.raises(UserError, match="no folder, DVC experiment, git revision or run has this name"):
         find("--all")
+
+
+def test_run_is_found_by_its_name_and_by_the_start_of_its_key(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    key = find("workspace").run["run"]
+    assert find("run of first").run["run"] == find(key[:6]).run["run"] == key
+    with pytest.raises(UserError, match="or run has this name"):
+        find(key[:5])

@@ -174,7 +174,7 @@ def test_description_of_a_run_outlives_its_journal():
     tracker.begin(params_with(), "e" * 64, {"train": 90, "val": 10}, torch.device("cpu"))
     tracker.end("FINISHED", [])
     described = tracker.describe()
-    assert described["name"] == f"drama 2x20 {KEY[:6]}"
+    assert described["name"] == f"drama 2x20 muon ({KEY[:6]})"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", described["date"])
 
 

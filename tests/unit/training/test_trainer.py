@@ -20,7 +20,7 @@ from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
 from minigpt.training.optimizer import Optimizers
-from minigpt.training.trainer import COMPILE_STEPS, Trainer, TrainState, should_compile
+from minigpt.training.trainer import COMPILE_STEPS, Trainer, TrainState, overfitting_since, should_compile
 
 SINGLE_PROCESS = ProcessGroup(0, 1, torch.device("cpu"))
 
@@ -198,6 +198,34 @@ def test_result_has_the_best_weights_and_patience_stops_training(corpus, tmp_pat
     best = GPT(trainer.model.config, corpus.tokenizer.vocab_size)
     best.load_state_dict(result.weights)
     assert score(best, corpus.val).loss == pytest.approx(min(losses), abs=2e-3)
+
+
+HISTORIES = [
+    ([(3, 3)], None),
+    ([(3, 3), (2, 2.5), (1, 2.6)], None),  # one evaluation may be chance
+    ([(3, 3), (2, 2.5), (1, 2.6), (0.5, 2.7)], 10),
+    ([(3, 3), (2, 2.5), (2.1, 2.6), (0.5, 2.7)], None),  # the training loss rose, too
+    ([(3, 3), (2, 2.5), (1, 2.6), (0.5, 2.7), (0.4, 2.4)], None),
+]
+
+
+@pytest.mark.parametrize("losses, step", HISTORIES)
+def test_overfitting_is_a_rising_validation_loss_with_a_falling_training_loss(losses, step):
+    history = [{"step": 10 * n, "train_loss": train, "val_loss": val} for n, (train, val) in enumerate(losses)]
+    assert overfitting_since(history) == step
+
+
+def test_overfitting_is_reported_once(tmp_path, capsys):
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), 600)
+    (tmp_path / "noise.txt").write_text("".join(letters))
+    encode.encode_corpus(tmp_path / "noise.txt", 0.2, tmp_path)
+    model, train = {"dropout": 0.0}, {"max_iters": 100, "eval_interval": 10, "learning_rate": 0.1, "patience": 4}
+    result = make_trainer(dataset.load_corpus(tmp_path), tmp_path, model=model, **train).run()
+    since = result.metrics["overfitting_since"]
+    printed = capsys.readouterr().out
+    assert printed.count(f"overfitting since step {since}:") == printed.count("overfitting") == 1
+    assert "stopping early: no better loss in 4 evaluations" in printed
+    assert result.metrics["steps"] == since + 40
 
 
 def test_divergence_stops_training_before_it_changes_the_weights(corpus, tmp_path):
