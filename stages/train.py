@@ -1,7 +1,7 @@
 """Train a GPT on the prepared tokens, as one MLflow run.
 
 python -m stages.train        data/prepared
-                              -> models/gpt, results/train/{history,samples,metrics}.csv, {metrics,run}.json
+                              -> models/gpt, results/train/{history,batches,samples,metrics}.csv, {metrics,run}.json
 
 torchrun --nproc-per-node 2 -m stages.train
 
@@ -80,6 +80,8 @@ def write_results(result: TrainResult, tracker: Tracker, source: str) -> None:
     """Write history, samples and metrics, and run.json, which names the run for the later stages."""
     with atomic_directory(RESULTS / "train") as folder:
         write_csv(folder / "history.csv", result.history)
+        if result.batches:
+            write_csv(folder / "batches.csv", result.batches)
         if result.samples:
             write_csv(folder / "samples.csv", result.samples)
         write_json(folder / "metrics.json", result.metrics)
@@ -110,7 +112,7 @@ def record(result: TrainResult, tracker: Tracker, source: str) -> None:
     tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
     with tempfile.TemporaryDirectory() as temporary:
         chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
-        tracker.attempt("loss chart", lambda: loss_chart(result.history, source, chart))
+        tracker.attempt("loss chart", lambda: loss_chart(result.history, result.batches, source, chart))
         if chart.exists():
             tracker.journal.artifact(chart, "train")
         tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))

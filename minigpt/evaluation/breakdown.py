@@ -1,5 +1,6 @@
 """Breakdown of a loss by position and by character, the confused characters, and the calibration."""
 
+import math
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from minigpt.files import write_csv
 
 BINS = 15
 """Bins of equal width for the probabilities, as in Guo et al. (2017)."""
+
+BINS_PER_OCTAVE = 2
+"""Bins of context lengths between a length and its double."""
 
 MAX_PAIRS = 20
 """Rows of the table of confusions."""
@@ -30,6 +34,9 @@ class Breakdown:
     def __init__(self, block_size: int, tokenizer: Tokenizer, device: torch.device | str) -> None:
         self.tokenizer = tokenizer
         self._positions = torch.zeros(2, block_size, dtype=torch.float64, device=device)  # nats, characters
+        self._lengths = _bin_lengths(block_size).to(device)  # (T, bins), 1 for the bin of each position
+        # Sums over windows: nats, characters, and their products, from which the standard errors follow.
+        self._windows = torch.zeros(6, self._lengths.size(1), dtype=torch.float64, device=device)
         self._characters = torch.zeros(2, tokenizer.vocab_size, dtype=torch.float64, device=device)  # nats, characters
         self._bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # probabilities, correct, characters
         # Pairs as target * V + prediction, with their counts: a (V, V) matrix would be too large for some scripts.
@@ -44,6 +51,7 @@ class Breakdown:
         nats, logits, targets = nats[:, start:], logits[:, start:], batch.targets[:, start:]
         self._positions[0, start:stop] += nats.double().sum(0)
         self._positions[1, start:stop] += nats.size(0)
+        self._add_lengths(nats.double() @ self._lengths[start:stop], self._lengths[start:stop].sum(0))
         highest, predictions = logits.max(-1)
         target_logits = logits.gather(-1, targets[..., None])[..., 0]
         # The probability of the prediction, without a softmax: ln p = logit - logsumexp for each character.
@@ -58,6 +66,12 @@ class Breakdown:
         self._counts.append(torch.ones_like(targets))
         if sum(map(len, self._pairs)) > MERGE_AT:
             self._merge()
+
+    def _add_lengths(self, nats: Tensor, counts: Tensor) -> None:
+        """Add windows, given the nats of each in the bins of context lengths, (B, bins), and the characters, (bins)."""
+        counts = counts.expand_as(nats)
+        windows = (counts > 0).double()
+        self._windows += torch.stack((nats, counts, nats * nats, nats * counts, counts * counts, windows)).sum(1)
 
     def _merge(self) -> None:
         """Store each pair once, with its count."""
@@ -85,6 +99,25 @@ class Breakdown:
             if count
         ]
 
+    def context(self) -> list[Row]:
+        """Return the loss by the length of the context, in bins of positions from ``first`` to ``last``.
+
+        ``position`` is their geometric mean. The standard error is that of :class:`minigpt.evaluation.loss.Score`.
+        """
+        rows = []
+        for number, sums in enumerate(self._windows.T.tolist()):
+            nats, count, squared, mixed, count_squared, windows = sums
+            if windows < 2:
+                continue
+            loss = nats / count
+            squares = max(0.0, squared - 2 * loss * mixed + loss * loss * count_squared)
+            inside = self._lengths[:, number].nonzero().flatten() + 1
+            first, last = int(inside[0]), int(inside[-1])
+            error = math.sqrt(windows / (windows - 1) * squares) / count
+            row = {"first": first, "last": last, "position": math.sqrt(first * last), "loss": loss}
+            rows.append({**row, "standard_error": error, "count": int(count)})
+        return rows
+
     def characters(self) -> list[Row]:
         """Return the loss of each character that occurs, the most frequent first."""
         all_nats, counts = self._characters.tolist()
@@ -107,27 +140,35 @@ class Breakdown:
         totals, rows = self._characters[1].tolist(), []
         for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
             target, guess = (label(self.tokenizer.characters[index]) for index in divmod(pair, V))
-            names = {"pair": f"{target} as {guess}", "target": target, "guess": guess}
+            names = {"pair": f"{target} → {guess}", "target": target, "guess": guess}
             rows.append({**names, "count": count, "share": count / totals[pair // V]})
         return rows
 
     def calibration(self) -> list[Row]:
         """Return the mean probability of the most likely character and its accuracy, for each bin with characters."""
         return [
-            {"predicted": p / count, "observed": correct / count, "ideal": p / count, "count": int(count)}
+            {"predicted": p / count, "observed": correct / count, "count": int(count)}
             for p, correct, count in zip(*self._bins.tolist(), strict=True)
             if count
         ]
 
     def tables(self) -> dict[str, list[Row]]:
-        """Return the four tables by name."""
-        tables = (self.positions, self.characters, self.confusions, self.calibration)
+        """Return the tables by name."""
+        tables = (self.positions, self.context, self.characters, self.confusions, self.calibration)
         return {table.__name__: table() for table in tables}
 
     def write(self, folder: Path) -> None:
         """Write each table as a CSV file."""
         for name, rows in self.tables().items():
             write_csv(folder / f"{name}.csv", rows)
+
+
+def _bin_lengths(block_size: int) -> Tensor:
+    """Return the bin of each of the positions 1 to ``block_size`` as a one-hot matrix, (block_size, bins)."""
+    octaves = torch.arange(1, block_size + 1, dtype=torch.float64).log2()
+    # The tolerance keeps a power of two from being rounded below the boundary of its bin.
+    _, bins = torch.unique((octaves * BINS_PER_OCTAVE + 1e-9).long(), return_inverse=True)
+    return torch.nn.functional.one_hot(bins).double()
 
 
 def label(character: str) -> str:

@@ -25,25 +25,32 @@ ROOT = Path(__file__).parents[2]
 """The repository, in which minigpt is installed in editable mode."""
 
 COLORS = ["#945dd6", "#f46837"]
-"""Colors of the first and the second column, from DVC's palette."""
+"""Purple and orange of DVC's palette, which color-blind readers can tell apart."""
 
-MAX_CHARACTERS = 200
-"""Characters in a chart, the most frequent ones. Looking up whether a font has a character takes about 3 ms."""
+FIELDS = {
+    "batch_loss": ("batches", "#b9bec7"),
+    "train_loss": ("training split", COLORS[1]),
+    "val_loss": ("validation split", COLORS[0]),
+}
+"""Names and colors of the columns of the loss chart."""
+
+MAX_CHARACTERS = 15
+"""Characters in a chart, those with the largest share of the loss."""
 
 VEGA_LITE = "5.21"
 """Release of Vega-Lite that renders. The templates are written for major version 5, as DVC's own templates are."""
 
 
-def loss_chart(history: list[dict[str, float]], title: str, target: Path) -> None:
-    """Draw the ``train_loss`` and the ``val_loss`` over the ``step``, with the best step marked."""
-    (chart,) = _charts({"history": history}, "loss")
+def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:
+    """Draw ``train_loss`` and ``val_loss`` of ``history`` and ``batch_loss`` of ``batches`` over the ``step``."""
+    (chart,) = _charts({"history": history, "batches": batches}, "loss")
     render([[{**chart, "width": 560}]], title, target)
 
 
 def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: Path) -> None:
     """Draw five charts: the tables of an evaluation, and rows with a ``model`` and its ``loss`` to compare."""
     tables = {"baselines": compared, **breakdown.tables()}
-    tables["characters"] = tables["characters"][:MAX_CHARACTERS]
+    tables["characters"] = sorted(tables["characters"], key=lambda row: -row["share"])[:MAX_CHARACTERS]
     rows = [("baselines", "calibration", "positions"), ("characters", "confusions")]
     render([_charts(tables, *names) for names in rows], title, target)
 
@@ -88,20 +95,22 @@ def _fill_template(name: str, plot: dict[str, Any], tables: dict[str, Rows]) -> 
     """Return the Vega-Lite chart of one plot of ``dvc.yaml``."""
     from dvc_render.vega_templates import get_template
 
-    ((file, columns),) = plot["y"].items()
-    columns = [columns] if isinstance(columns, str) else columns
-    legend = {column: {"train_loss": "training", "val_loss": "validation"}.get(column, column) for column in columns}
-    rows = [{key: _drawable(cell) for key, cell in row.items()} for row in tables[Path(file).stem]]
-    data = [row | {"value": row[column], "field": column, "rev": legend[column]} for column in columns for row in rows]
-    scale = {"domain": list(legend.values()), "range": COLORS}
-    by_column = {"field": "rev", "type": "nominal", "title": None, "scale": scale}
+    x, data, fields = plot["x"], [], []
+    for file, columns in plot["y"].items():
+        rows = [{key: _drawable(cell) for key, cell in row.items()} for row in tables[Path(file).stem]]
+        for column in [columns] if isinstance(columns, str) else columns:
+            fields.append(column)
+            revision, _ = FIELDS.get(column, (column, ""))
+            data += [row | {"value": row[column], "field": column, "rev": revision} for row in rows]
+    names, colors = zip(*(FIELDS.get(field, (field, COLORS[0])) for field in fields), strict=True)
+    by_column = {"field": "rev", "type": "nominal", "title": None, "scale": {"domain": names, "range": colors}}
     # With one column, the bar of the model differs from those of the n-gram models.
     highlight = {"condition": {"test": "datum.model === 'this model'", "value": COLORS[1]}, "value": COLORS[0]}
     anchors = plot | {
         "data": data,
-        "x": plot["x"] if isinstance(plot["x"], str) else plot["x"][file],
+        "x": x if isinstance(x, str) else next(iter(x.values())),
         "y": "value",
-        "color": by_column if len(columns) > 1 else highlight,
+        "color": by_column if len(fields) > 1 else highlight,
         "plot_width": 300,
         "plot_height": 300,
         "zoom_and_pan": {"name": f"unused_{name}", "value": 0},  # a picture cannot zoom; names must be unique

@@ -74,6 +74,8 @@ class TrainState:
     train_seconds: float = 0.0  # without evaluations and checkpoints
     resumed_at: list[int] = field(default_factory=list)  # steps after which the training was resumed
     history: list[dict[str, float]] = field(default_factory=list)  # one row per evaluation
+    batches: list[dict[str, float]] = field(default_factory=list)  # step and mean loss of the batches up to it
+    recent_losses: list[float] = field(default_factory=list)  # of the batches after the last row
     samples: list[dict[str, Any]] = field(default_factory=list)  # step, prompt and text of each sample
 
 

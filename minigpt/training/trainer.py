@@ -51,10 +51,11 @@ class Observer(Protocol):
 
 @dataclass
 class TrainResult:
-    """Weights of the step with the lowest validation loss, rows of history and samples, and final metrics."""
+    """Weights of the step with the lowest validation loss, rows of the tables, and final metrics."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
+    batches: list[dict[str, float]]
     samples: list[dict[str, Any]]
     metrics: dict[str, float]
 
@@ -107,7 +108,6 @@ class Trainer:
         self.prompt = usable_prompt(corpus.tokenizer, params.sample.prompts[0])
         self.best: dict[str, Tensor] = {}  # weights with the lowest validation loss so far
         self.state, self.clock = TrainState(), Stopwatch(0.0)
-        self._losses: list[float] = []
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -146,7 +146,7 @@ class Trainer:
                 total = self._read(scalars.push(step, self.train_step(step, control.request)))
                 state.step = step + 1
                 bar.update()
-                if len(self._losses) >= max(1, train.eval_interval // 10):
+                if len(state.recent_losses) >= max(1, min(train.eval_interval, train.max_iters) // 10):
                     bar.set_postfix_str(self._log(self.clock.seconds - logged_at), refresh=False)
                     logged_at = self.clock.seconds
                 decision = control.decide(state.step, total)
@@ -163,7 +163,7 @@ class Trainer:
             if stopped := control.interruption(state.step):
                 raise stopped
         weights = {name: full_tensor(value) for name, value in self.best.items()}
-        return TrainResult(weights, state.history, state.samples, self._metrics())
+        return TrainResult(weights, state.history, state.batches, state.samples, self._metrics())
 
     def describe(self) -> str:
         """Return one line on the model, the device and the length of the training."""
@@ -315,15 +315,16 @@ class Trainer:
                 f"the last good checkpoint is of step {self.state.saved_step}. "
                 "Try a smaller train.learning_rate or train.grad_clip: 1"
             )
-        self._losses.append(loss)
+        self.state.recent_losses.append(loss)
         self.state.grad_norm = norm
         return int(requests)
 
     def _log(self, seconds: float) -> str:
         """Report the mean loss and the speed since the last report, ``seconds`` ago. Return them as text."""
-        state, train, count = self.state, self.train, len(self._losses)
-        loss, speed = sum(self._losses) / count, count * train.batch_size * self.block_size / max(seconds, 1e-9)
-        self._losses.clear()
+        state, train, count = self.state, self.train, len(self.state.recent_losses)
+        loss, speed = sum(state.recent_losses) / count, count * train.batch_size * self.block_size / max(seconds, 1e-9)
+        state.recent_losses.clear()
+        state.batches.append({"step": state.step, "batch_loss": loss})
         rate = train.learning_rate * learning_rate(state.step - 1, train)
         if self.observer:
             values = {"batch_loss": loss, "learning_rate": rate, "grad_norm": state.grad_norm}

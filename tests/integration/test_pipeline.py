@@ -96,7 +96,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
     for name in (
         "data/prepared/train.npy", "models/gpt/model.safetensors", "results/train/metrics.json",
         "results/evaluate/metrics.json", "results/evaluate/scores.json", "results/evaluate/losses.npz",
-        "results/evaluate/positions.csv", "results/evaluate/characters.csv",
+        "results/evaluate/positions.csv", "results/evaluate/context.csv", "results/evaluate/characters.csv",
         "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
         "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
         "results/sample/page.html", "results/train/samples.csv",

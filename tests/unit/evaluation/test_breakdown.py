@@ -82,7 +82,7 @@ def test_tables_match_brute_force(model, tokens, stride):
     }
     for row in rows:
         assert named[row["target"], row["guess"]] == (row["count"], pytest.approx(row["share"]))
-        assert row["pair"] == f"{row['target']} as {row['guess']}"
+        assert row["pair"] == f"{row['target']} → {row['guess']}"
 
     rows = tables.calibration()
     assert [row["count"] for row in rows] == [len(bins[k]) for k in sorted(bins)]
@@ -101,6 +101,35 @@ def test_tables_sum_to_the_exact_loss(model, tokens):
         assert sum(row["count"] for row in rows) == scored.count
         assert sum(row["loss"] * row["count"] for row in rows) == pytest.approx(scored.nats, rel=1e-12)
     assert sum(row["share"] for row in tables.characters()) == pytest.approx(1)
+
+
+def test_standard_errors_by_context_are_those_of_a_ratio_of_sums(model, tokens):
+    tables, scored = broken_down(model, tokens)
+    rows, windows = tables.context(), [tokens[start : start + 17] for start in range(0, 1002, 16)]
+    assert [(row["first"], row["last"]) for row in rows] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 5),
+        (6, 7),
+        (8, 11),
+        (12, 15),
+        (16, 16),
+    ]
+    assert sum(row["loss"] * row["count"] for row in rows) == pytest.approx(scored.nats, rel=1e-12)
+    for row in rows:
+        nats, counts = [], []
+        for window in windows:
+            with torch.no_grad():
+                losses = -model(window[None, :-1]).log_softmax(-1)[0].gather(-1, window[1:, None])[:, 0]
+            inside = losses[row["first"] - 1 : row["last"]]
+            if len(inside):
+                nats.append(inside.sum().item())
+                counts.append(len(inside))
+        n, loss = len(nats), sum(nats) / sum(counts)
+        residuals = np.subtract(nats, np.multiply(loss, counts))
+        error = np.sqrt(n / (n - 1) * (residuals**2).sum()) / sum(counts)
+        assert (row["loss"], row["standard_error"]) == (pytest.approx(loss), pytest.approx(error))
 
 
 def test_merging_pairs_early_does_not_change_them(model, tokens, monkeypatch):
@@ -141,14 +170,14 @@ def test_vocabulary_of_thousands_needs_no_square_matrix():
     tables.add(breakdown.EvalBatch(targets, targets, 0), logits, torch.full((V // 8, 8), 2.0))
     assert len(tables.characters()) == V
     assert tables.accuracy == 0
-    assert tables.confusions()[0] == {"pair": "一 as 丁", "target": "一", "guess": "丁", "count": 1, "share": 1.0}
+    assert tables.confusions()[0] == {"pair": "一 → 丁", "target": "一", "guess": "丁", "count": 1, "share": 1.0}
 
 
 def test_written_tables_equal_the_rows(model, tokens, tmp_path):
     tables, _ = broken_down(model, tokens)
     tables.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "positions.csv", "characters.csv", "confusions.csv", "calibration.csv"
+        "positions.csv", "context.csv", "characters.csv", "confusions.csv", "calibration.csv"
     }  # fmt: skip
     with (tmp_path / "characters.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

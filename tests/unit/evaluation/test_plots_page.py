@@ -18,11 +18,12 @@ def repository(tmp_path, project_files):
     folder = make_repository(tmp_path / "work", project_files)
     for name, text in {
         "results/train/history.csv": "step,train_loss,val_loss\n0,4.1,4.2\n5,3.0,2.5\n10,2.0,2.75\n",
+        "results/train/batches.csv": "step,batch_loss\n1,4.0\n6,3.0\n10,2.5\n",
         "results/evaluate/baselines.csv": "model,loss\nthis model,2.5\nuniform,4.2\n",
-        "results/evaluate/calibration.csv": "predicted,observed,ideal,count\n0.1,0.2,0.1,7\n0.5,0.4,0.5,9\n",
-        "results/evaluate/positions.csv": "position,loss,count\n1,3.5,9\n2,2.5,9\n",
+        "results/evaluate/calibration.csv": "predicted,observed,count\n0.1,0.2,7\n0.5,0.4,9\n",
+        "results/evaluate/context.csv": "position,loss,standard_error,count\n1,3.5,0.1,9\n2,2.5,0.1,9\n",
         "results/evaluate/characters.csv": "character,code_point,count,loss,share\nक,U+0915,90,2.5,1.0\n",
-        "results/evaluate/confusions.csv": 'pair,target,guess,count,share\n", as क",",",क,12,0.75\n',
+        "results/evaluate/confusions.csv": 'pair,target,guess,count,share\n", → क",",",क,12,0.75\n',
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -65,7 +66,7 @@ def test_browser_without_a_network_draws_every_chart(repository, monkeypatch):
     page = (repository / "dvc_plots/index.html").as_uri()
     dumped = command("chromium", *options, "--virtual-time-budget=10000", "--dump-dom", page, cwd=repository).stdout
     assert len(re.findall(r'<svg [^>]*class="marks"', dumped)) == 6
-    for text in ("best: 2.5000 at step 5", "this model", ", as क", ">क<", "probability of the most likely character"):
+    for text in ("best: 2.5000 at step 5", "this model", ", → क", ">क<", "probability of the most likely character"):
         assert text in dumped, text
 
 
@@ -76,5 +77,5 @@ def test_charts_of_dvc_show_the_results(repository):
     drawn = {name: vl_convert.vegalite_to_svg(content, vl_version=VEGA_LITE) for name, content in plots.items()}
     assert "best: 2.5000 at step 5" in drawn["loss"]
     assert "this model" in drawn["baselines"]
-    assert ", as क" in drawn["confusions"]
+    assert ", → क" in drawn["confusions"]
     assert ">क<" in drawn["characters"]
