@@ -74,8 +74,8 @@ format: $(VENV)/installed-dev  ## format the code
 
 # Two passes over the same pages: the first warns of undocumented objects, the second of broken links and names.
 docs: $(VENV)/installed-docs  ## build the documentation as a site, in site/; any warning is an error
-	sphinx-build --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees --builder coverage . site/.coverage
-	sphinx-build --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees . site
+	python -m sphinx --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees --builder coverage . site/.coverage
+	python -m sphinx --quiet --nitpicky --fail-on-warning --conf-dir docs --doctree-dir site/.doctrees . site
 	@echo "minigpt: open site/docs/README.html"
 
 shakespeare: $(VENV)/installed  ## fetch Tiny Shakespeare, and train on it with the profile for a CPU
