@@ -339,7 +339,7 @@ def sync() -> None:
 @cli.command()
 @click.option("--alias", default="", help="name that always refers to the newest choice, such as champion")
 def register(alias: str) -> None:
-    """Register the model of this workspace in MLflow's model registry.
+    """Register the model of this workspace in MLflow.
 
     \b
     minigpt register --alias champion

@@ -108,7 +108,7 @@ NEXT_STEPS = """
   Next steps
 
     source .venv/bin/activate
-    git add dvc.lock && git commit -m "First run"     the baseline of experiments
+    git add dvc.lock && git commit -m "First run"     the baseline
     dvc exp run --temp -S model.n_embd=512            train a wider model
     minigpt compare                                   compare the experiments
     make ui                                           show the curves

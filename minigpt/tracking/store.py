@@ -6,12 +6,14 @@ and to ``mlflow.db`` in the repository if not. MINIGPT_TRACKING=local overrides 
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import re
 import sqlite3
 import sys
+import uuid
 from contextlib import closing, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -287,9 +289,10 @@ def create_database(path: Path) -> None:
     """Create a store without runs, which appears complete or not at all. Killed halfway, MLflow could never open it."""
     from mlflow import MlflowClient
 
-    temporary = path.with_name(f".{path.name}-new.tmp")
-    for remains in (temporary, temporary.with_name(f"{temporary.name}-journal")):
+    for remains in path.parent.glob(f".{glob.escape(path.name)}-*.tmp*"):
         remove(remains)
+    # MLflow keeps the connection to a file, also when another file has its name. So each name is used once.
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     MlflowClient(sqlite_uri(temporary)).get_experiment_by_name(EXPERIMENT)
     temporary.replace(path)
 

@@ -35,7 +35,7 @@ def test_readme_names_only_commands_targets_and_params_that_exist():
     code = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text))
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z]+)", code, re.MULTILINE))
-    assert {"test", "shakespeare"} <= named <= targets
+    assert {"page", "dagshub"} <= named <= targets
     known = set(flatten(load(ROOT / "params.yaml")))
     assert {"model.n_embd"} <= set(re.findall(r"-S '?([\w.]+)=", code)) <= known
     assert set(re.findall(r"^minigpt ([a-z-]+)", code, re.MULTILINE)) <= set(cli.commands)
@@ -263,8 +263,9 @@ def test_dvc_shows_plots_metrics_and_params(copy):
     plotted = json.loads(command("dvc", "plots", "show", "--json", cwd=copy).stdout)["data"]
     assert set(plotted) == {"loss", "baselines", "calibration", "positions", "characters", "confusions"}
     points = {name: drawn["content"]["data"]["values"] for name, (drawn,) in plotted.items()}
-    assert {"train_loss", "val_loss"} == {point["field"] for point in points["loss"]}
-    assert len(points["positions"]) == 16
+    curves = {point["filename::field"] for point in points["loss"]}
+    assert curves == {"batches.csv::batch_loss", "history.csv::train_loss", "history.csv::val_loss"}
+    assert len(points["positions"]) == 8  # bins of the 16 positions
     assert points["baselines"][0]["model"] == "this model"
 
 

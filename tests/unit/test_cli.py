@@ -21,7 +21,19 @@ from minigpt.model import GPT
 from minigpt.params import SamplingParams, load
 
 ENVIRONMENT = os.environ | {"MINIGPT_CPU": "off", "OMP_NUM_THREADS": "1"}
-COMMANDS = ["check", "compare", "dagshub", "page", "plots-page", "profile", "summary", "sync", "ui", "write"]
+COMMANDS = [
+    "check",
+    "compare",
+    "dagshub",
+    "page",
+    "plots-page",
+    "profile",
+    "register",
+    "summary",
+    "sync",
+    "ui",
+    "write",
+]
 
 
 def minigpt(*arguments, cwd=ROOT, **variables):

@@ -146,7 +146,8 @@ def test_ranks_share_the_micro_batches_of_a_step_equally():
     ],
 )
 def test_params_that_do_not_fit_the_world_size_are_rejected(monkeypatch, world_size, device, message):
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for name, value in {"WORLD_SIZE": world_size, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=message), distributed.join_process_group(device, 4):
         pass
 
