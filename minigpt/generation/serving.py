@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import functools
+import json
 import logging
 import os
 import re
@@ -145,7 +146,8 @@ class Writer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 class LimitedBody:
     """ASGI middleware that refuses requests without a content type or with a large body, before they fill the memory.
 
-    MLflow's application answers errors with status 400 if they are raised while it reads the request.
+    MLflow's application answers errors with status 400 if they are raised while it reads the request. It does not
+    expect those of deeply nested JSON, and some of its answers contain a traceback.
     """
 
     def __init__(self, app: Any) -> None:
@@ -153,9 +155,14 @@ class LimitedBody:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         from mlflow.exceptions import MlflowException
+        from starlette.responses import JSONResponse
 
-        headers, received = dict(scope.get("headers", ())), 0
+        headers, received = dict(scope["headers"]), 0
+        start: dict[str, Any] = {}
 
         async def limited() -> Any:
             nonlocal received
@@ -167,7 +174,28 @@ class LimitedBody:
                 raise MlflowException.invalid_parameter_value(f"a request can have {LARGEST_BODY:,} bytes")
             return message
 
-        await self.app(scope, limited if scope["type"] == "http" else receive, send)
+        async def without_traceback(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            if start.get("status", 0) >= 400 and b'"stack_trace"' in message.get("body", b""):
+                content = json.loads(message["body"])
+                content.pop("stack_trace")
+                await JSONResponse(content, start["status"])(scope, receive, send)
+                return
+            if start:
+                await send(dict(start))
+                start.clear()
+            await send(message)
+
+        try:
+            await self.app(scope, limited, without_traceback)
+        except RecursionError:
+            content = {
+                "error_code": "INVALID_PARAMETER_VALUE",
+                "message": "the JSON of the request is nested too deeply",
+            }
+            await JSONResponse(content, 400)(scope, receive, send)
 
 
 def check_work(prompts: list[str], sampling: SamplingParams) -> int:

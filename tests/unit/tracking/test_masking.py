@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from helpers.tracking import write_run
-from helpers.workspace import ROOT, python
+from helpers.workspace import ROOT, command, make_repository, python
 
 from minigpt.errors import UserError
 from minigpt.tracking import store
@@ -31,7 +31,7 @@ def encodings(value):
         *(base64.b64encode(pair + after).decode() for pair in pairs for after in (b"", b"!", b":x")),
         *(base64.urlsafe_b64encode(pair).decode().rstrip("=") for pair in pairs),
         *(quote(base64.b64encode(pair).decode(), safe="") for pair in pairs),
-        base64.b64encode(f"user:{value}".encode("latin-1")).decode(),
+        base64.b64encode(f"user:{value}".encode("latin-1")).decode(), base64.b64encode(data + b":" + data).decode(),
     ]  # fmt: skip
 
 
@@ -137,3 +137,27 @@ def test_command_prints_and_stores_no_secret_that_a_server_echoes(here, value):
     for text in (synced.stdout, synced.stderr, crashed.stdout, crashed.stderr, *files):
         for encoded in encodings(value):
             assert encoded not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["token of DagsHub", "password in a database's address"])
+def test_pipeline_prints_and_stores_no_secret(tmp_path, project_files, kind):
+    """All stages and commands run with a credential, and a server echoes it in every encoding."""
+    folder, value = make_repository(tmp_path / "work", project_files), "s3cret/marker+42"
+    with echoing_server(value) as address:
+        variables = {
+            "token of DagsHub": {
+                "DAGSHUB_CLIENT_HOST": f"http://{address}", "DAGSHUB_REPO": "user/repo", "DAGSHUB_USER_TOKEN": value
+            },
+            "password in a database's address": {"MLFLOW_TRACKING_URI": f"postgresql://me:{value}@{address}/runs"},
+        }[kind]  # fmt: skip
+        programs = [("dvc", "repro"), ("minigpt", "summary"), ("minigpt", "sync"), ("minigpt", "dagshub", "user/repo")]
+        ran = [command(*program, cwd=folder, PYTHONPATH=str(folder), **variables) for program in programs]
+    assert [each.returncode for each in ran] == [0, 0, 1, 1], [each.stderr for each in ran]
+    assert "are not in" in ran[0].stderr
+    texts = [text.encode() for each in ran for text in (each.stdout, each.stderr)]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {".journal", "results", ".git", ".dvc"} <= {path.relative_to(folder).parts[0] for path in files}
+    for content in (*texts, *(path.read_bytes() for path in files)):
+        for encoded in encodings(value):
+            assert encoded.encode() not in content
