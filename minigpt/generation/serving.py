@@ -147,7 +147,7 @@ class LimitedBody:
     """ASGI middleware that refuses requests without a content type or with a large body, before they fill the memory.
 
     MLflow's application answers errors with status 400 if they are raised while it reads the request. It does not
-    expect those of deeply nested JSON, and some of its answers contain a traceback.
+    expect some errors in the JSON, such as deep nesting, and some of its answers contain a traceback.
     """
 
     def __init__(self, app: Any) -> None:
@@ -190,11 +190,9 @@ class LimitedBody:
 
         try:
             await self.app(scope, limited, without_traceback)
-        except RecursionError:
-            content = {
-                "error_code": "INVALID_PARAMETER_VALUE",
-                "message": "the JSON of the request is nested too deeply",
-            }
+        except Exception as error:  # MLflow reports those of the model itself
+            reason = "its JSON is nested too deeply" if isinstance(error, RecursionError) else repr(error)[:200]
+            content = {"error_code": "INVALID_PARAMETER_VALUE", "message": f"the request cannot be read: {reason}"}
             await JSONResponse(content, 400)(scope, receive, send)
 
 
