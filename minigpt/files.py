@@ -84,7 +84,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     ``target`` is a link to a folder, that folder is replaced.
     """
     if target.is_symlink():
-        target = target.resolve()
+        resolved = Path(os.path.realpath(target))
+        if resolved.is_symlink():  # a link to itself
+            target.unlink()
+        else:
+            target = resolved
     check_replaceable(target)
     folder, old = target.with_name(f".{target.name}-new.tmp"), target.with_name(f".{target.name}-old.tmp")
     for remains in target.parent.glob(f".{glob.escape(target.name)}-*.tmp"):

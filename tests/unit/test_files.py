@@ -151,3 +151,10 @@ def test_anything_but_a_file_is_removed_from_its_place(tmp_path):
     for name in ("pipe", "link", "folder", "file", "missing"):
         files.remove_unless_file(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_link_to_itself_is_replaced(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("new")
+    assert content(tmp_path / "out") == {"a.txt": "new"}
