@@ -219,6 +219,7 @@ def test_dvc_status_reports_edits_of_files_that_training_imports(repository, nam
     assert ("train" in json.loads(status.stdout)) == is_dependency
 
 
+@pytest.mark.slow
 def test_sampled_training_split_has_a_sampling_error(copy):
     replace(copy, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
     assert stages_run(repro(copy)) == ["evaluate", "sample"]

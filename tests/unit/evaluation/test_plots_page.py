@@ -57,6 +57,7 @@ def test_page_outside_a_repository_is_an_error(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
 def test_browser_without_a_network_draws_every_chart(repository, monkeypatch):
     monkeypatch.chdir(repository)

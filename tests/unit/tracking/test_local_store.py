@@ -73,6 +73,7 @@ def test_stage_loses_at_most_five_seconds_to_a_store_that_cannot_be_opened(here,
     check_store(store.resolve_tracking_uri(), KEY)
 
 
+@pytest.mark.slow
 def test_stage_loses_at_most_five_seconds_to_a_locked_database(here, capsys):
     write_run(KEY, steps=3)
     uploader.sync()

@@ -161,6 +161,7 @@ def test_compiled_model_has_the_same_gradient(corpus, tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_missing_compiler_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     torch._dynamo.reset()
