@@ -180,7 +180,8 @@ class LimitedBody:
                 return
             if start.get("status", 0) >= 400 and b'"stack_trace"' in message.get("body", b""):
                 content = json.loads(message["body"])
-                content.pop("stack_trace")
+                reason = content.pop("stack_trace").strip().rpartition("\n")[2]
+                content["message"] = f"{content['message']} {reason}"[:1000]
                 await JSONResponse(content, start["status"])(scope, receive, send)
                 return
             if start:
@@ -197,9 +198,12 @@ class LimitedBody:
 
 
 def check_work(prompts: list[str], sampling: SamplingParams) -> int:
-    """Return the number of characters of a request, or raise a UserError if there are too many."""
+    """Return the number of characters of a request. Raise UserError for too many, or a prompt that is no text."""
     if sampling.max_new_tokens > LONGEST_TEXT:
         raise UserError(f"max_new_tokens: must be at most {LONGEST_TEXT}, got {sampling.max_new_tokens}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt: expected a text, got {str(prompt)[:100]!r}")
     work = sum(map(len, prompts)) + len(prompts) * sampling.max_new_tokens
     if work > LONGEST_TEXT:
         raise UserError(

@@ -114,7 +114,7 @@ def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(here):
 def test_store_is_complete_after_a_kill_during_its_creation(here):
     write_run(KEY, steps=3)
     started = subprocess.Popen([sys.executable, "-m", "minigpt", "sync"], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (remains := list(here.glob(".mlflow.db-new.tmp*"))):
+    while not (remains := list(here.glob(".mlflow.db-*.tmp*"))):
         assert started.poll() is None
         time.sleep(0.001)
     started.kill()
