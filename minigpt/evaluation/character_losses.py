@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FILE = "losses.npz"
 MAX_SEGMENTS = 1 << 18
-"""Numbers in a file, so that it has at most 1 MB."""
+"""Most numbers in a file; they take 1 MB."""
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,8 @@ class Tracker:
 
     def history(self, rows: list[dict[str, float]]) -> None:
         """Write the evaluations so far to the file that `dvc plots show` and editors draw during a training."""
-        if (
-            self.live_history and not (self.live_history.parent / "metrics.json").exists()
-        ):  # no results of another training
+        # The results of another training stay until this one has its own.
+        if self.live_history and not (self.live_history.parent / "metrics.json").exists():
             self.live_history.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as temporary:
                 write_csv(Path(temporary) / "history.csv", rows)

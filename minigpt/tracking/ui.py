@@ -77,7 +77,7 @@ def _run_table(store: Store, address: str) -> str:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes that it has started."""
+    """End the server and its child processes."""
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(server.pid).children(recursive=True):
             process.terminate()
