@@ -228,3 +228,32 @@ class Files(Loopback):
             request.reply(200, path.read_bytes())
         else:
             request.reply(404)
+
+
+@contextlib.contextmanager
+def served_model(folder):
+    """Serve a small random model from ``folder``. Yield the process and its port; the log is server.log."""
+    import torch
+
+    from helpers.workspace import params_with
+    from minigpt import export
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.generation import serving
+    from minigpt.model import GPT
+
+    torch.manual_seed(0)
+    model = GPT(params_with(model={"init": "normal"}).model, 4)
+    export.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
+    serving.package(folder / "gpt", folder / "model")
+    port = free_port()
+    program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen([*program, "-p", str(port)], cwd=folder, stdout=log, stderr=log)
+        try:
+            while not answers(f"http://127.0.0.1:{port}/ping"):
+                assert process.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.2)
+            yield process, port
+        finally:
+            process.kill()  # the worker gets SIGTERM then
+            process.wait()

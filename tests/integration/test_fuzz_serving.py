@@ -3,21 +3,12 @@
 import contextlib
 import http.client
 import json
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
 from helpers.fuzzing import ODD_TEXTS, WALL_SECONDS, changed_json, fuzz
-from helpers.servers import answers, free_port
-from helpers.workspace import params_with
+from helpers.servers import served_model
 from hypothesis import strategies as st
 
-from minigpt import export
-from minigpt.data.tokenizer import Tokenizer
-from minigpt.generation import serving
-from minigpt.model import GPT
 from minigpt.params import SamplingParams
 
 pytestmark = pytest.mark.slow
@@ -27,22 +18,8 @@ pytestmark = pytest.mark.slow
 def server(tmp_path_factory):
     """The port of a served model, and the log of the server."""
     folder = tmp_path_factory.mktemp("server")
-    torch.manual_seed(0)
-    model = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
-    serving.package(folder / "gpt", folder / "model")
-    port = free_port()
-    program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen([*program, "-p", str(port)], cwd=folder, stdout=log, stderr=log)
-        try:
-            while not answers(f"http://127.0.0.1:{port}/ping"):
-                assert process.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.2)
-            yield port, folder / "server.log"
-        finally:
-            process.terminate()
-            process.wait()
+    with served_model(folder) as (_, port):
+        yield port, folder / "server.log"
 
 
 def post(port, data, headers):

@@ -3,8 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import requests
-import torch
-from helpers.servers import answers, free_port
-from helpers.workspace import params_with
-
-from minigpt import export
-from minigpt.data.tokenizer import Tokenizer
-from minigpt.generation import serving
-from minigpt.model import GPT
+from helpers.servers import served_model
 
 pytestmark = pytest.mark.slow
 
@@ -27,22 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def server(tmp_path):
     """A served model: its process and its port."""
-    torch.manual_seed(0)
-    model = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(tmp_path / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
-    serving.package(tmp_path / "gpt", tmp_path / "model")
-    port = free_port()
-    program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", tmp_path / "model", "--env-manager", "local"]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen([*program, "-p", str(port)], cwd=tmp_path, stdout=log, stderr=log)
-        try:
-            while not answers(f"http://127.0.0.1:{port}/ping"):
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-            yield process, port
-        finally:
-            process.kill()  # the worker gets SIGTERM then
-            process.wait()
+    with served_model(tmp_path) as running:
+        yield running
 
 
 def worker(process):
