@@ -130,18 +130,8 @@ class Trainer:
             logged_at = self.clock.seconds
             # One round more than there are steps: the last round only evaluates.
             for step in range(state.step, train.max_iters + 1):
-                last = step == train.max_iters
-                evaluated = last or step % train.eval_interval == 0
-                if evaluated:
-                    self._read(scalars.pop())
-                    with self.clock.paused():
-                        self.evaluate(step)
-                if last or (step % train.sample_interval == 0 if train.sample_interval else evaluated):
-                    with self.clock.paused():
-                        self.write_sample(step)
-                if last or (train.patience and state.evaluations_since_best >= train.patience):
-                    if not last and self.group.is_main:
-                        tqdm.write(f"minigpt: stopping early: no better loss in {train.patience} evaluations")
+                self._measure(step, scalars)
+                if step == train.max_iters or (train.patience and state.evaluations_since_best >= train.patience):
                     break
                 total = self._read(scalars.push(step, self.train_step(step, control.request)))
                 state.step = step + 1
@@ -157,6 +147,8 @@ class Trainer:
                     control.restart_timer(state.step)
                 if decision >= STOP and (stopped := control.interruption(state.step)):
                     raise stopped
+            if state.step < train.max_iters and self.group.is_main:
+                tqdm.write(f"minigpt: stopping early: no better loss in {train.patience} evaluations")
             # Whatever happens until the result is exported, no step is trained twice.
             with self.clock.paused():
                 self.save_checkpoint()
@@ -302,6 +294,19 @@ class Trainer:
             # Metrics first: a training that resumes from this checkpoint does not report earlier steps again.
             self.observer.upload()
         self.checkpoints.save(Checkpoint(self._tensors(), self.state), self.group)
+
+    def _measure(self, step: int, scalars: DeferredScalars) -> None:
+        """Evaluate and write a sample, where these are due before ``step``. Their time does not count as training."""
+        train = self.train
+        last = step == train.max_iters
+        evaluated = last or step % train.eval_interval == 0
+        if evaluated:
+            self._read(scalars.pop())
+            with self.clock.paused():
+                self.evaluate(step)
+        if last or (step % train.sample_interval == 0 if train.sample_interval else evaluated):
+            with self.clock.paused():
+                self.write_sample(step)
 
     def _read(self, scalars: tuple[int, list[float]] | None) -> int:
         """Record the scalars of a step. Return the sum of the ranks' requests."""

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -196,6 +197,18 @@ def guarded(folder):
         outside = _outside[:]
         _outside.clear()
     assert not outside
+
+
+def enter_workspace(monkeypatch, folder):
+    """Make an empty folder the current directory, with the user's home folder and temporary files inside."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")):
+            monkeypatch.delenv(name)
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
 
 
 def run_program(main, folder):

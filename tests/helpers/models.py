@@ -5,6 +5,8 @@ import itertools
 import torch
 
 from helpers.workspace import params_with
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.export import export
 from minigpt.model import GPT
 
 SWITCHES = {
@@ -42,6 +44,14 @@ def build(seed=0, **model):
     for p in gpt.parameters():  # away from zero, so that every weight matters
         torch.nn.init.normal_(p, std=0.3)
     return gpt
+
+
+def export_small(folder, characters="\nabc"):
+    """Export a small model with random weights for these characters, and return its folder."""
+    torch.manual_seed(0)
+    gpt = GPT(params_with(model={"init": "normal"}).model, len(characters))
+    export(folder, gpt.config, gpt.state_dict(), Tokenizer(characters))
+    return folder
 
 
 def variants():

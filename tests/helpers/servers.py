@@ -233,18 +233,10 @@ class Files(Loopback):
 @contextlib.contextmanager
 def served_model(folder):
     """Serve a small random model from ``folder``. Yield the process and its port; the log is server.log."""
-    import torch
-
-    from helpers.workspace import params_with
-    from minigpt import export
-    from minigpt.data.tokenizer import Tokenizer
+    from helpers.models import export_small
     from minigpt.generation import serving
-    from minigpt.model import GPT
 
-    torch.manual_seed(0)
-    model = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
-    serving.package(folder / "gpt", folder / "model")
+    serving.package(export_small(folder / "gpt"), folder / "model")
     port = free_port()
     program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
     with (folder / "server.log").open("w") as log:

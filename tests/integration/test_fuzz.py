@@ -5,26 +5,22 @@ Each input is accepted, or refused in one line: no traceback, no hang, no file o
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 import sys
-import tempfile
 
 import pytest
 import torch
 import yaml
-from helpers.fuzzing import changed_bytes, changed_json, changed_tree, fuzz, kinds, place, run_program
+from helpers.fuzzing import changed_bytes, changed_json, changed_tree, enter_workspace, fuzz, kinds, place, run_program
+from helpers.models import export_small
 from helpers.workspace import ROOT, SMALL, overlay, params_with
 from hypothesis import strategies as st
 
-from minigpt import export
 from minigpt.cli import main as command
 from minigpt.data.dataset import load_corpus
 from minigpt.data.encode import encode_corpus
-from minigpt.data.tokenizer import Tokenizer
 from minigpt.files import workspace
-from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
 from minigpt.training.trainer import Trainer
@@ -38,16 +34,10 @@ TEXT = (ROOT / "data/songs.txt").read_bytes()[:3000]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Return an empty workspace, the current directory. Temporary files and the user's home folder are inside."""
-    for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")):
-            monkeypatch.delenv(name)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name, value in {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "MINIGPT_CPU": "off"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
+    """Return an empty workspace, the current directory."""
+    enter_workspace(monkeypatch, tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINIGPT_CPU", "off")
     return tmp_path
 
 
@@ -125,10 +115,7 @@ def test_any_params_are_accepted_or_refused(here, monkeypatch):
 def model(tmp_path_factory):
     """The files of an exported model."""
     folder = tmp_path_factory.mktemp("model") / "gpt"
-    torch.manual_seed(0)
-    gpt = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(folder, gpt.config, gpt.state_dict(), Tokenizer("\nabc"))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in export_small(folder).iterdir()}
 
 
 def changed_safetensors(data):

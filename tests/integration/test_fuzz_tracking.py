@@ -4,14 +4,12 @@ Each input is accepted, or refused in one line: no traceback, no hang, no file o
 """
 
 import json
-import os
 import shutil
 import sys
-import tempfile
 
 import pytest
 import torch
-from helpers.fuzzing import ODD_NUMBERS, changed_bytes, changed_json, fuzz, kinds, place, run_program
+from helpers.fuzzing import ODD_NUMBERS, changed_bytes, changed_json, enter_workspace, fuzz, kinds, place, run_program
 from helpers.tracking import check_store, find_run, write_run
 from hypothesis import strategies as st
 
@@ -30,16 +28,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Return an empty workspace, the current directory. Temporary files and the user's home folder are inside."""
-    for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")):
-            monkeypatch.delenv(name)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    """Return an empty workspace, the current directory."""
+    enter_workspace(monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["minigpt", "sync"])
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -15,15 +15,21 @@ def runs(folder):
     return client.search_runs([client.get_experiment_by_name("minigpt").experiment_id])
 
 
-def test_killed_training_resumes_from_its_last_checkpoint(tmp_path, project_files):
-    folder = prepare(tmp_path / "work", project_files)
+def train_after_a_kill(folder, moment):
+    """Kill a training once a condition is true, and train again. Return what the second training printed."""
     process = start_training(folder)
-    assert wait_for(lambda: saved_checkpoints(folder), process)
+    assert wait_for(moment, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     again = start_training(folder)
     printed, _ = again.communicate(timeout=120)
     assert again.returncode == 0, printed
+    return printed
+
+
+def test_killed_training_resumes_from_its_last_checkpoint(tmp_path, project_files):
+    folder = prepare(tmp_path / "work", project_files)
+    printed = train_after_a_kill(folder, lambda: saved_checkpoints(folder))
     assert "resuming after step" in printed
     (run,) = runs(folder)
     assert run.info.status == "FINISHED"
@@ -77,13 +83,7 @@ def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
 @pytest.mark.slow
 def test_start_after_a_kill_before_the_first_checkpoint_says_so(tmp_path, project_files):
     folder = prepare(tmp_path / "work", project_files)
-    process = start_training(folder)
-    assert wait_for(lambda: list((folder / ".checkpoints").glob("*/run.json")), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    again = start_training(folder)
-    printed, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, printed
+    printed = train_after_a_kill(folder, lambda: list((folder / ".checkpoints").glob("*/run.json")))
     assert "starting from step 0: the earlier start ended before its first checkpoint" in printed
 
 

@@ -6,12 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from helpers.workspace import ROOT, command, params_with
-
-from minigpt import export
-from minigpt.data.tokenizer import Tokenizer
-from minigpt.model import GPT
+from helpers.models import export_small
+from helpers.workspace import ROOT, command
 
 COMMANDS = ("check", "profile", "summary", "sync", "plots-page", "write ज --seed 1", "dagshub user/repo")
 STAGES = ("prepare", "train", "evaluate", "sample")
@@ -22,11 +18,7 @@ ICONV = "convert the text, for example with `iconv -f LATIN1 -t UTF-8`"
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "gpt"
-    torch.manual_seed(0)
-    model = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(folder, model.config, model.state_dict(), Tokenizer("\nabज"))
-    return folder
+    return export_small(tmp_path_factory.mktemp("model") / "gpt", "\nabज")
 
 
 def shell(line, cwd):

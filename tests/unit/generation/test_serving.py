@@ -9,15 +9,12 @@ import pandas
 import pytest
 import requests
 import torch
+from helpers.models import export_small
 from helpers.servers import TOKEN, free_port, process
-from helpers.workspace import params_with
 from mlflow.exceptions import MlflowException
 
-from minigpt import export
-from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation import serving
 from minigpt.generation.generator import Generator
-from minigpt.model import GPT
 from minigpt.params import SamplingParams
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.uploader import Uploader
@@ -36,10 +33,7 @@ def without_compiler(tmp_path, monkeypatch):
 def packaged(tmp_path_factory):
     """An exported model, and its package."""
     folder = tmp_path_factory.mktemp("serving")
-    torch.manual_seed(0)
-    model = GPT(params_with(model={"init": "normal"}).model, 4)
-    export.export(folder / "gpt", model.config, model.state_dict(), Tokenizer("\nabc"))
-    serving.package(folder / "gpt", folder / "model")
+    serving.package(export_small(folder / "gpt"), folder / "model")
     return folder / "gpt", folder / "model"
 
 

@@ -26,17 +26,23 @@ def write_results(folder):
     (folder / "sample/page.html").touch()
 
 
+def described(folder):
+    """Return the tracker of a run of these results, described once: after the training."""
+    write_results(folder)
+    tracker = Tracker(KEY)
+    tracker.journal.name("a run")
+    tracker.note(folder, "train")
+    tracker.upload()
+    return tracker
+
+
 def note():
     _, run = find_run(store.resolve_tracking_uri(), KEY)
     return run.data.tags[store.NOTE_TAG], run
 
 
 def test_run_describes_loss_sample_page_and_serving(here):
-    write_results(here)
-    tracker = Tracker(KEY)
-    tracker.journal.name("a run")
-    tracker.note(here, "train")
-    tracker.upload()
+    tracker = described(here)
     assert "Validation loss" not in note()[0]
     tracker.note(here, "train", "evaluate", "sample")
     tracker.upload()
@@ -50,11 +56,7 @@ def test_run_describes_loss_sample_page_and_serving(here):
 
 
 def test_description_that_a_user_edited_stays(here):
-    write_results(here)
-    tracker = Tracker(KEY)
-    tracker.journal.name("a run")
-    tracker.note(here, "train")
-    tracker.upload()
+    tracker = described(here)
     client, run = find_run(store.resolve_tracking_uri(), KEY)
     client.set_tag(run.info.run_id, store.NOTE_TAG, "my own words")
     tracker.note(here, "train", "evaluate")
