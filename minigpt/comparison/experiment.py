@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from minigpt import params
 from minigpt.errors import UserError
 from minigpt.evaluation.character_losses import FILE, CharacterLosses
+from minigpt.git import git
 
 RESULTS = PurePosixPath("results")
 Row = dict[str, Any]
@@ -156,19 +157,10 @@ def _number(cell: str | None) -> Any:
         return cell
 
 
-def git(*arguments: str) -> str | None:
-    """Return what git prints, without the last line end, or None if it fails or is not installed."""
-    try:
-        ran = subprocess.run(["git", *arguments], capture_output=True, check=True, text=True, errors="replace")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ran.stdout.rstrip("\n")
-
-
 def experiments() -> Iterator[Experiment]:
     """Yield the DVC experiments of this repository that ran to the end, the newest first."""
     pattern = "%(refname) %(objectname) %(committerdate:unix)"
-    listed = git("for-each-ref", f"--format={pattern}", "--sort=-committerdate", "refs/exps") or ""
+    listed = git("for-each-ref", f"--format={pattern}", "--sort=-committerdate", "refs/exps")
     for line in listed.splitlines():
         if found := re.fullmatch(r"refs/exps/([0-9a-f]{2}/[0-9a-f]{38,})/(\S+) ([0-9a-f]+) (\d+)", line):
             baseline, name, commit, created = found.groups()

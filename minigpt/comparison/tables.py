@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import params
-from minigpt.comparison.experiment import Experiment, Folder, Revision, experiments, git
+from minigpt.comparison.experiment import Experiment, Folder, Revision, experiments
 from minigpt.errors import UserError
 from minigpt.evaluation import paired
 from minigpt.evaluation.paired import Estimate
+from minigpt.git import git
 
 WIDTH = 100
 MAX_PAIRS = 10

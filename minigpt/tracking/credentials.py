@@ -17,8 +17,8 @@ import yaml
 
 from minigpt.errors import UserError
 from minigpt.files import workspace
+from minigpt.git import git
 from minigpt.tracking.masking import mask
-from minigpt.tracking.provenance import git
 
 REMOTE = "dagshub"  # in DVC and git
 DEFAULT_HOST = "https://dagshub.com"

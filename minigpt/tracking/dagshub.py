@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 from minigpt.errors import UserError
+from minigpt.git import git
 from minigpt.tracking.credentials import REMOTE, cached_token, dagshub_host, dagshub_page
 from minigpt.tracking.journal import EXPERIMENT
 from minigpt.tracking.masking import mask_stderr
-from minigpt.tracking.provenance import git
 from minigpt.tracking.store import Store, describe_error
 from minigpt.tracking.uploader import TIMEOUT
 

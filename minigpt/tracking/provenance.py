@@ -3,10 +3,10 @@
 import getpass
 import os
 import re
-import subprocess
 from pathlib import Path
 
 from minigpt.files import workspace
+from minigpt.git import git
 from minigpt.tracking.masking import mask
 
 COMMIT_TAG = "mlflow.source.git.commit"
@@ -54,13 +54,3 @@ def system_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return ""
-
-
-def git(*arguments: str, folder: Path = Path()) -> str:
-    """Return what a git command prints; empty if it fails, or without git."""
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        ran = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return ran.stdout.rstrip()
