@@ -161,7 +161,7 @@ def require_file(path: Path, largest: int | None = None) -> None:
 
 
 def require_json(path: Path, what: str) -> Any:
-    """Return the content of a JSON file. The UserError for any other file says that it is not ``what``."""
+    """Return the content of a JSON file. ``what`` names this content in the UserError for any other file."""
     require_file(path, LARGEST_JSON)
     try:
         return read_json(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def git(*arguments: str, folder: Path = Path()) -> str:
-    """Return what a git command prints, without the last line ends; empty if it fails or git is not installed."""
+    """Return the output of a git command, without the last line ends; empty if it fails or git is not installed."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         ran = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True)

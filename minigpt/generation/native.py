@@ -46,7 +46,7 @@ def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters:
     the number to write one after the other, make it worth the wait, and else compiles in the background for next time.
 
     Raises:
-        UserError: there is no compiled decoder, and the mode is ``always``.
+        UserError: the mode is ``always``, and the decoder cannot be compiled.
     """
     on_cpu = model.embedding.weight.device.type == "cpu"
     if mode == "never" or (mode == "auto" and not on_cpu):

@@ -198,7 +198,7 @@ class LimitedBody:
 
 
 def check_work(prompts: list[str], sampling: SamplingParams) -> int:
-    """Return the number of characters of a request. Raise UserError for too many, or a prompt that is no text."""
+    """Return the number of characters of a request. Raise UserError for too many, or a damaged prompt."""
     if sampling.max_new_tokens > LONGEST_TEXT:
         raise UserError(f"max_new_tokens: must be at most {LONGEST_TEXT}, got {sampling.max_new_tokens}")
     for prompt in prompts:

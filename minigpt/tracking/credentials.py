@@ -51,8 +51,8 @@ def configured_page() -> str:
 def find_token(page: str) -> str:
     """Return the token for a page on DagsHub; empty if there is none.
 
-    It comes from DAGSHUB_USER_TOKEN, from the cache of `dagshub login`, or from the settings of DVC's remote. A token
-    is used only for the server that it was created for.
+    It comes from DAGSHUB_USER_TOKEN, from the cache of `dagshub login`, or from the settings of DVC's remote. Another
+    server never gets the token.
     """
     parts = urlsplit(page)
     host = f"{parts.scheme}://{parts.netloc}"
