@@ -286,7 +286,10 @@ def summary() -> None:
 @cli.command()
 @click.argument("experiments", nargs=-1)
 @click.option("--seeds", is_flag=True, help="group trainings that differ only in train.seed; show mean ± deviation")
-def compare(experiments: tuple[str, ...], seeds: bool) -> None:
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="also write a page with curves and the text"
+)
+def compare(experiments: tuple[str, ...], seeds: bool, html: Path | None) -> None:
     """Compare the params and losses of EXPERIMENTS.
 
     Each is a DVC experiment, a git revision, a folder with a workspace, or `workspace`. The difference of two losses
@@ -298,12 +301,18 @@ def compare(experiments: tuple[str, ...], seeds: bool) -> None:
     minigpt compare main gyral-snob
     minigpt compare ../other workspace
     minigpt compare --seeds
+    minigpt compare main workspace --html comparison.html
     """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
     from minigpt.comparison import tables
     from minigpt.comparison.experiment import find
 
     chosen = [find(name) for name in experiments]
     click.echo(tables.comparison(chosen, seeds) if chosen else tables.overview(seeds))
+    if html:
+        from minigpt.comparison.page import write_page
+
+        write_page(chosen, html)
+        click.echo(f"\nminigpt: wrote {html}")
 
 
 @cli.command()

@@ -85,11 +85,24 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
     Raises:
         UserError: an experiment has no results, or two were not measured on the same text.
     """
+    if seeds:
+        require_losses(chosen)
+        return seed_table(group_by_seed(chosen), chosen[0].params)
+    results, keys = result_rows(chosen)
+    lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
+    return "\n".join([*lines, "", *verdicts(chosen), "", MEANING, ABOUT_MODELS])
+
+
+def require_losses(chosen: Sequence[Experiment]) -> None:
+    """Raise a UserError if an experiment has no validation loss."""
     for each in chosen:
         if each.val_loss is None:
             raise UserError(f"{each.name}: no validation loss; `dvc repro evaluate` or `dvc pull` brings its results")
-    if seeds:
-        return seed_table(group_by_seed(chosen), chosen[0].params)
+
+
+def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the results and the params that differ, as rows of a name and one cell for each experiment."""
+    require_losses(chosen)
     rows = differing([each.params for each in chosen])
     keys = [[name, *map(_value, values)] for name, values in rows.items()]
     trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
@@ -103,8 +116,7 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
     ]
     if any("test" in metrics for metrics in measured):
         results.insert(1, ["test loss", *(_digits(metrics.get("test", {}).get("loss")) for metrics in measured)])
-    lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
-    return "\n".join([*lines, "", *verdicts(chosen), "", MEANING, ABOUT_MODELS])
+    return results, keys
 
 
 def verdicts(chosen: Sequence[Experiment]) -> list[str]:
@@ -113,14 +125,20 @@ def verdicts(chosen: Sequence[Experiment]) -> list[str]:
     if len(pairs) > MAX_PAIRS:
         best = min(chosen, key=lambda each: each.val_loss or math.inf)
         pairs = [(best, each) for each in chosen if each is not best]
-    lines = []
-    for first, second in pairs:
-        try:
-            estimate = paired.difference(first.losses, second.losses)
-        except UserError as error:
-            raise UserError(f"{first.name} and {second.name}: {error}") from None
-        lines.append(verdict(first.name, second.name, estimate))
-    return lines
+    return [compare_pair(first, second) for first, second in pairs]
+
+
+def compare_pair(first: Experiment, second: Experiment) -> str:
+    """Return a sentence on the difference of two experiments.
+
+    Raises:
+        UserError: they were not measured on the same text.
+    """
+    try:
+        estimate = paired.difference(first.losses, second.losses)
+    except UserError as error:
+        raise UserError(f"{first.name} and {second.name}: {error}") from None
+    return verdict(first.name, second.name, estimate)
 
 
 def verdict(first: str, second: str, estimate: Estimate) -> str:

@@ -1,10 +1,6 @@
 """The page as one file: the template page.html with the facts, the weights, the style and the scripts in its slots."""
 
 import base64
-import hashlib
-import html
-import json
-import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +11,9 @@ from torch import Tensor
 
 from minigpt.errors import UserError
 from minigpt.model import GPT, Linear
+from minigpt.page.html import FOLDER, fill
 from minigpt.quantize import WeightDtype, quantize_int8
 
-FOLDER = Path(__file__).parent
 ENGINE = ("gpt.js", "writer.js")
 INTERFACE = (
     "tools.js",
@@ -40,10 +36,6 @@ DTYPES: dict[WeightDtype, float] = {"float32": 1e6, "bfloat16": 5e6, "int8": flo
 PageDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 Facts = dict[str, Any]
-
-# "<" could close the element of the facts or open a comment. UTF-8 cannot encode surrogates. Browsers or editors may
-# change the others.
-_UNSAFE = re.compile("[<>&\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
 def choose_dtype(model: GPT, dtype: PageDtype = "auto") -> WeightDtype:
@@ -87,39 +79,14 @@ def _bytes(tensor: Tensor) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def script_json(value: Any) -> str:
-    """Return ``value`` as JSON that nothing in it can end early, inside an HTML element ``script``."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
 def render(facts: Facts, weights: Sequence[bytes]) -> bytes:
-    """Return the page for the facts and the weights of each of its models, as UTF-8.
-
-    The Content-Security-Policy of the page allows its own scripts, by their digests, and no request.
-    """
-    scripts = [(FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS]
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    sources = " ".join(f"'sha256-{digest}'" for digest in digests)
-    policy = (
-        f"default-src 'none'; script-src {sources}; "
-        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    """Return the page for the facts and the weights of each of its models, as UTF-8."""
+    elements = "\n".join(
+        f'<script type="text/plain" id="{model["weights"]}">{base64.b64encode(packed).decode()}</script>'
+        for model, packed in zip(facts["models"], weights, strict=True)
     )
     title = f"minigpt: {facts['models'][0]['name']}"
-    slots = {
-        "policy": policy,
-        "title": html.escape(title.replace("\0", "")),
-        "facts": script_json(facts),
-        "weights": "\n".join(
-            f'<script type="text/plain" id="{model["weights"]}">{base64.b64encode(packed).decode()}</script>'
-            for model, packed in zip(facts["models"], weights, strict=True)
-        ),
-        "style": (FOLDER / "style.css").read_text(encoding="utf-8"),
-        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
-    }
-    template = (FOLDER / "page.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: slots[match[1]], template)
-    return page.encode("utf-8", "replace")  # a file name, and so a title, can have lone surrogates
+    return fill(FOLDER / "page.html", title, facts, [FOLDER / name for name in SCRIPTS], {"weights": elements})
 
 
 def write_page(output: Path, facts: Facts, weights: Sequence[bytes]) -> int:

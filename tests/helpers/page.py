@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from minigpt.page.build import FOLDER, pack
+from minigpt.page.build import pack
+from minigpt.page.html import FOLDER
 
 
 class Engine:

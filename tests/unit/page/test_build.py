@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from minigpt.errors import UserError
 from minigpt.page import build as page_build
-from minigpt.page.build import FOLDER, SCRIPTS, choose_dtype, pack, render, script_json, write_page
+from minigpt.page.build import SCRIPTS, choose_dtype, pack, render, write_page
+from minigpt.page.html import FOLDER, script_json
 
 HOSTILE = [
     "</script><script>alert(1)</script>", "<!--<script>", "]]>", "\u2028\u2029", "\0\x01\x7f\x85", "\ud800",

@@ -4,7 +4,7 @@ import random
 import pytest
 from helpers.page import Engine
 
-from minigpt.page.build import FOLDER
+from minigpt.page.html import FOLDER
 
 
 @pytest.fixture(scope="module")

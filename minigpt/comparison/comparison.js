@@ -1,0 +1,176 @@
+"use strict";
+// The comparison of experiments. The losses of a pair are compared segment by segment: a segment is one character, or
+// several of a long text. A difference is the loss of the second experiment minus that of the first, in nats.
+
+const facts = JSON.parse($("facts").textContent);
+const WINDOW = 2500; // characters of the text that are shown at once
+const FULL = 1.5; // nats: a character with this difference or more has the strongest shade
+const SHOWN = 14; // characters in the list of those that make the difference
+
+// Return the losses in nats: two little-endian bytes each in thousandths, in base64.
+function unpack(encoded) {
+  const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0)), view = new DataView(bytes.buffer);
+  return Float64Array.from({ length: bytes.length / 2 }, (_, n) => view.getUint16(2 * n, true) / 1000);
+}
+
+const losses = facts.nats.map(unpack);
+const characters = facts.text === null ? [] : Array.from(facts.text);
+
+function showResults() {
+  $("title").textContent = facts.names.join(" and ");
+  $("noscript").remove();
+  $("verdicts").append(...facts.pairs.map(({ verdict }) => el("li", {}, verdict)));
+  const row = ([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => el("td", {}, cell)));
+  const head = el("tr", {}, el("td", {}), facts.names.map((name) => el("th", { scope: "col" }, name)));
+  $("results").append(el("thead", {}, head), el("tbody", {}, facts.results.map(row)),
+    el("tbody", { class: "params" }, facts.params.map(row)));
+}
+
+// Without the evaluation before the training, which would flatten the rest.
+function showCurves() {
+  const known = facts.histories.map((rows) => rows.filter((row) => row.step > 0));
+  if (!known.some((rows) => rows.length > 1)) return $("curves").append("The results have no history.");
+  const series = known.map((rows) => ({ points: rows.map((row) => [row.step, row.val_loss]) }));
+  const label = "Validation loss at each evaluation of " + facts.names.join(" and ");
+  const chart = lineChart(() => ({ label, xName: "step", yName: "nats per character", series }));
+  $("curves").append(chart, lineKey(facts.names));
+  chart.draw();
+}
+
+// A pair of experiments: the differences of their losses, and how the page shows them.
+class Pair {
+  constructor({ models: [first, second] }) {
+    this.names = [facts.names[first], facts.names[second]];
+    this.losses = [losses[first], losses[second]];
+    this.differences = this.losses[1].map((nats, n) => nats - this.losses[0][n]);
+  }
+
+  // Which model predicts better, as the class that gives the color.
+  side(difference) {
+    return difference > 0 ? "first" : "second";
+  }
+
+  key() {
+    const name = (side, text) => el("span", {}, el("i", { class: `swatch ${side}` }), `${text} is better`);
+    return el("p", { class: "key" }, name("first", this.names[0]), name("second", this.names[1]));
+  }
+
+  // Return bars to the left and to the right: [name, difference, title].
+  bars(rows) {
+    const top = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-9);
+    return el("dl", { class: "signed" }, rows.map(([name, value, title]) => el("div", { title },
+      el("dt", {}, name), bar(this.side(value), Math.abs(value) / top), el("dd", {}, signed(value, 4)))));
+  }
+
+  showParts() {
+    const size = this.differences.length, parts = Math.min(facts.batches, size);
+    const rows = Array.from({ length: parts }, (_, n) => {
+      const [begin, end] = [n, n + 1].map((k) => Math.floor((k * size) / parts));
+      return [String(n + 1), mean(Array.from(this.differences.subarray(begin, end))), `part ${n + 1} of ${parts}`];
+    });
+    $("parts").replaceChildren(el("h3", { class: "label" }, `In ${parts} consecutive parts of the text`), this.key(),
+      this.bars(rows), el("p", { class: "muted small" }, "Difference of the losses in nats per character. ",
+        "A difference is significant if most parts agree."));
+  }
+
+  // The characters that contribute most to the difference: their sum of differences, divided by all characters.
+  showCharacters() {
+    if (!characters.length) return;
+    const sums = new Map();
+    characters.forEach((c, n) => {
+      const [total, count] = sums.get(c) ?? [0, 0];
+      sums.set(c, [total + this.differences[n], count + 1]);
+    });
+    const rows = [...sums].sort((a, b) => Math.abs(b[1][0]) - Math.abs(a[1][0])).slice(0, SHOWN);
+    const title = (c, [total, count]) => `${spoken(c)}: ${whole(count)} times, ${signed(total / count, 3)} nats each`;
+    $("characters").replaceChildren(el("h3", { class: "label" }, "The characters behind the difference"), this.key(),
+      this.bars(rows.map(([c, found]) => [glyph(c), found[0] / characters.length, title(c, found)])),
+      el("p", { class: "muted small" }, "Contribution to the difference: all characters together give the whole."));
+  }
+}
+
+const signed = (value, digits) => (value > 0 ? "+" : "−") + fixed(Math.abs(value), digits);
+
+function bar(kind, share) {
+  return el("span", { class: `bar ${kind}`, "--w": share.toFixed(4) });
+}
+
+// The validation text, one window at a time, shaded by which model predicts each character better.
+class Reader {
+  constructor() {
+    this.sheet = el("div", { class: "text still prose", tabindex: 0, role: "region", "aria-label": "Validation text" });
+    this.status = el("p", { class: "stats", role: "status" });
+    this.place = el("input", {
+      type: "range", min: 0, max: Math.max(0, Math.ceil(characters.length / WINDOW) - 1), value: 0, "aria-label": "Place in the text",
+      oninput: () => this.show(Number(this.place.value)),
+    });
+    this.buttons = el("div", { class: "actions" });
+    this.sheet.addEventListener("click", (event) => this.select(event.target));
+    this.sheet.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      this.select(this.selected?.[step] ?? (this.selected ? null : this.sheet.firstElementChild));
+    });
+    $("text").append(this.buttons, el("div", { class: "slider" }, this.place), this.status, this.sheet);
+  }
+
+  open(pair) {
+    this.pair = pair;
+    const jump = (text, sign) => el("button", { type: "button", onclick: () => this.show(this.extreme(sign)) }, text);
+    this.buttons.replaceChildren(jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1), pair.key());
+    this.show(Number(this.place.value));
+  }
+
+  // Return the window with the largest sum of differences of this sign.
+  extreme(sign) {
+    const sums = Array.from({ length: Number(this.place.max) + 1 }, (_, n) =>
+      sign * sum(this.pair.differences.subarray(n * WINDOW, (n + 1) * WINDOW)));
+    return largest(sums, 1)[0];
+  }
+
+  show(window) {
+    this.place.value = window;
+    this.selected = null;
+    this.first = window * WINDOW;
+    const shown = characters.slice(this.first, this.first + WINDOW);
+    this.sheet.replaceChildren(...shown.map((c, n) => {
+      const difference = this.pair.differences[this.first + n];
+      const strength = Math.min(1, Math.abs(difference) / FULL);
+      return el("span", { class: `c ${this.pair.side(difference)}`, "--s": (strength * 0.85).toFixed(2) }, c);
+    }));
+    const average = mean(Array.from(this.pair.differences.subarray(this.first, this.first + shown.length)));
+    this.status.textContent = `Characters ${whole(this.first + 1)} to ${whole(this.first + shown.length)} of ` +
+      `${whole(characters.length)}: ${signed(average, 4)} nats on average. Select a character for its losses.`;
+  }
+
+  select(span) {
+    if (!span?.classList.contains("c")) return;
+    this.selected?.classList.remove("selected");
+    this.selected = span;
+    span.classList.add("selected");
+    const at = this.first + Array.prototype.indexOf.call(this.sheet.children, span);
+    const each = this.pair.names.map((name, n) => `${name} ${fixed(this.pair.losses[n][at], 3)}`).join(", ");
+    this.status.textContent = `${spoken(characters[at])}, character ${whole(at + 1)}: ${each} nats`;
+  }
+}
+
+function start() {
+  showResults();
+  showCurves();
+  const reader = characters.length ? new Reader() : null;
+  if (!reader) $("text").append("The text is not shown: it is too long, or data/prepared is not that of the results.");
+  const show = (n) => {
+    const pair = new Pair(facts.pairs[n]);
+    pair.showParts();
+    pair.showCharacters();
+    reader?.open(pair);
+  };
+  if (facts.pairs.length > 1) {
+    const options = facts.pairs.map(({ models }, n) => el("option", { value: n }, models.map((m) => facts.names[m]).join(" and ")));
+    $("choice").append(el("label", { for: "models" }, "Compare"), el("select", { id: "models", onchange: (event) => show(event.target.value) }, options));
+  }
+  show(0);
+}
+
+start();
