@@ -70,7 +70,7 @@ class Pair {
     });
     $("parts").replaceChildren(el("h3", { class: "label" }, `In ${parts} consecutive parts of the text`), this.key(),
       this.bars(rows), el("p", { class: "muted small" }, "Difference of the losses in nats per character. ",
-        "A difference is significant if most parts agree."));
+        "It is real if most parts agree, and luck if about half of them do."));
   }
 
   // The characters that contribute most to the difference: their sum of differences, divided by all characters.
@@ -156,6 +156,7 @@ class Reader {
 }
 
 function start() {
+  if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";
   showResults();
   showCurves();
   const reader = characters.length ? new Reader() : null;
