@@ -95,6 +95,7 @@ class TrainParams(Section):
     """The training; the stage train depends on it."""
 
     seed: Seed
+    init_from: Annotated[str, Field(pattern=r"^[^\x00]*$")]
     device: Device
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     compile: Compile

@@ -42,6 +42,7 @@ def main() -> None:
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
     from minigpt.training.control import ignore_signals, interruptible
+    from minigpt.training.initial import weights_digest
     from minigpt.training.trainer import Trainer
 
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
@@ -60,6 +61,8 @@ def main() -> None:
                 try:
                     sizes = {"train": len(corpus.train), "val": len(corpus.val)}
                     tracker.begin(settings, corpus.digest, sizes, group.device)
+                    if settings.train.init_from:
+                        tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})
                     run = f"run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}"
                     print(f"minigpt: {trainer.describe()}; {run}")
                     result = trainer.run()

@@ -38,6 +38,7 @@ from minigpt.files import (
 )
 from minigpt.params import Params
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from minigpt.training.initial import weights_digest
 
 TRAINING_CODE = (  # what training imports of the library: the same as in the dependencies of the stage train
     "training", "evaluation/loss.py", "generation/sampling.py", "data", "runtime/cpu.py", "runtime/device.py",
@@ -54,6 +55,8 @@ def fingerprint(params: Params, corpus_digest: str) -> str:
     # These decide where a training is computed, not its result. They may change between stop and resume.
     train = params.train.model_dump(exclude={"processes", "parallel", "activation_checkpointing"})
     identity = [params.model.model_dump(), train, corpus_digest, code, torch.__version__]
+    if params.train.init_from:
+        identity.append(weights_digest(Path(params.train.init_from)))
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from minigpt.runtime.device import compute_dtype
 from minigpt.runtime.distributed import ProcessGroup, full_tensor, to_local
 from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
+from minigpt.training.initial import initialize
 from minigpt.training.memory import check_memory
 from minigpt.training.optimizer import Optimizers, learning_rate
 from minigpt.training.samples import indented, usable_prompt, write_sample
@@ -96,6 +98,8 @@ class Trainer:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
         self.model = GPT(params.model, corpus.tokenizer.vocab_size)
+        if self.train.init_from:
+            initialize(self.model, corpus.tokenizer, Path(self.train.init_from))
         self.model.compute_dtype = compute_dtype(self.train.dtype, group.device)
         self.model.checkpointing = self.train.activation_checkpointing
         self.parallel = group.wrap(self.model)

@@ -16,6 +16,7 @@ from minigpt.data.dataset import Corpus, Split
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import Interrupted, UserError
 from minigpt.evaluation.loss import score
+from minigpt.export import export
 from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
@@ -333,6 +334,14 @@ def test_a_sample_is_written_at_each_evaluation_and_recorded_as_it_comes(corpus,
     assert trainer.observer.rows == result.samples
     printed = capsys.readouterr().out
     assert printed.index("step      5") < printed.index(f"  | {result.samples[1]['text'][:5].rstrip()}".rstrip())
+
+
+def test_training_starts_from_an_exported_model(corpus, tmp_path):
+    first = make_trainer(corpus, tmp_path / "first", max_iters=5)
+    result = first.run()
+    export(tmp_path / "base", first.model.config, result.weights, corpus.tokenizer)
+    second = make_trainer(corpus, tmp_path / "second", max_iters=1, init_from=str(tmp_path / "base")).run()
+    assert second.history[0]["val_loss"] == result.history[-1]["val_loss"]
 
 
 def test_samples_have_their_own_interval(corpus, tmp_path):
