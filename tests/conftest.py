@@ -13,9 +13,18 @@ torch.set_num_threads(1)  # for tensors this small, more threads only wait for e
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
 
 
+LONG_FILES = ["test_notebooks", "test_launcher", "test_fuzz", "test_torture", "test_page", "test_documentation"]
+"""Files whose slow tests take minutes."""
+
+
 def pytest_collection_modifyitems(items):
-    """Start with the integration tests: a long file that starts last would keep one process busy and the other idle."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    """Start with the long files: one that starts last would keep one process busy and the other idle."""
+
+    def rank(item):
+        integration = "integration" in item.path.parts
+        return LONG_FILES.index(item.path.stem) if integration and item.path.stem in LONG_FILES else 9 - integration
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)
