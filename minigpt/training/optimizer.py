@@ -1,5 +1,6 @@
 """Optimizers: AdamW, Muon, and the learning rate as a pure function of the step."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,7 +38,21 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class EagerOptimizer(torch.optim.Optimizer):
+    """Optimizer that is never compiled."""
+
+    # torch's versions import torch._dynamo, which takes as long as importing torch.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+
+
+class AdamW(EagerOptimizer, torch.optim.AdamW):
+    """torch's AdamW, without the decorators that prepare it for torch.compile."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(EagerOptimizer):
     """Momentum with orthogonalized updates: each matrix moves equally far in all directions (Jordan et al. 2024).
 
     Matrices of one shape are orthogonalized as one batch. For a sharded model, each rank keeps the momentum of its
@@ -128,7 +143,7 @@ class Optimizers:
             self._weights |= own
             if own:
                 groups.append({"params": list(own), "lr": lr, "weight_decay": weight_decay})
-        adam = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=True)
+        adam = AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, fused=True)
         self.all.append(adam)
         # AdamW makes this state in its first step. Make it now, so that a checkpoint always has the same tensors.
         for p in (p for group in groups for p in group["params"]):

@@ -5,7 +5,7 @@ import torch
 from helpers.workspace import ROOT, params_with, python
 
 from minigpt.model import GPT
-from minigpt.training.optimizer import Muon, Optimizers, learning_rate, orthogonalize
+from minigpt.training.optimizer import AdamW, Muon, Optimizers, learning_rate, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 24), (2, 24, 6), (1, 1, 5)])
@@ -90,6 +90,35 @@ def test_step_with_found_inf_changes_no_weight(optimizer):
     fill_gradients(model, float("nan"))
     optimizers.step(5, torch.ones(()))
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_optimizers_do_not_import_the_compiler_of_torch():
+    code = """if True:
+        import sys, torch
+        from minigpt.training.optimizer import AdamW, Muon
+        weight = torch.nn.Parameter(torch.eye(2))
+        for optimizer in (AdamW([weight], fused=True), Muon([(weight, 1)], 0.1, 0.9, 0.0, torch.float32)):
+            weight.grad = torch.ones(2, 2)
+            optimizer.step()
+            optimizer.state_dict()
+        print(weight.requires_grad, "torch._dynamo" in sys.modules)
+    """
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "True False"
+
+
+def test_adamw_equals_torch_adamw_bitwise():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
+    weights = []
+    for kind in (AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=0.1, weight_decay=0.2, fused=True)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        weights.append(weight)
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], start)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
