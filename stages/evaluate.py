@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt import errors, params
 from minigpt.files import atomic_directory, check_replaceable, require_json, write_csv, write_json
 from minigpt.runtime import cpu
+from minigpt.tracking.sender import start_sender
 from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     check_replaceable(RESULTS / "evaluate")  # before the work
+    sender = start_sender()  # imports MLflow meanwhile
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
     from minigpt.data import dataset
@@ -43,7 +45,7 @@ def main() -> None:
     from minigpt.runtime.device import choose_device, compute_dtype
     from minigpt.tracking.run import tracker_of_model
 
-    tracker = tracker_of_model(RESULTS / "train" / "run.json")
+    tracker = tracker_of_model(RESULTS / "train" / "run.json", sender)
     device = choose_device(settings.train.device)
     model, tokenizer = export.load_model(MODEL, device)
     model.compute_dtype = compute_dtype(settings.train.dtype, device)

@@ -11,6 +11,7 @@ import os
 from minigpt import errors, params
 from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
+from minigpt.tracking.sender import start_sender
 from stages import MODEL, PREPARED, RESULTS
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     """Run the stage."""
     settings = params.load()
     check_replaceable(RESULTS / "sample")  # before the work
+    sender = start_sender()  # imports MLflow meanwhile
     cpu.configure_cpu(spin=True)  # before torch is imported
     from minigpt.data.checks import check_prompts
     from minigpt.data.dataset import load_corpus
@@ -28,7 +30,7 @@ def main() -> None:
     from minigpt.summary import summarize
     from minigpt.tracking.run import tracker_of_model
 
-    tracker = tracker_of_model(RESULTS / "train" / "run.json")
+    tracker = tracker_of_model(RESULTS / "train" / "run.json", sender)
     sampling, device = settings.sample, choose_device(settings.train.device)
     characters = len(sampling.prompts) * sampling.max_new_tokens
     generator = Generator.load(MODEL, device, sampling.dtype, compile=sampling.compile, characters=characters)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from minigpt import errors, params
 from minigpt.files import atomic_directory, check_replaceable, workspace, write_csv, write_json
 from minigpt.runtime import cpu, launcher
+from minigpt.tracking.sender import start_sender
 from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main() -> None:
     check_replaceable(MODEL, RESULTS / "train")  # before the work
     if launcher.launch("stages.train", settings.train.processes):
         return
+    sender = start_sender() if errors.environment_integer("RANK", 0) == 0 else None  # imports MLflow meanwhile
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
     from minigpt.data.checks import check_corpus
@@ -53,7 +55,8 @@ def main() -> None:
         checkpoints = Checkpoints(workspace(), fingerprint(settings, corpus.digest))
         with checkpoints.locked() if group.is_main else nullcontext():
             with interruptible():
-                tracker = Tracker(checkpoints.run_key(), RESULTS / "train" / "history.csv") if group.is_main else None
+                history = RESULTS / "train" / "history.csv"
+                tracker = Tracker(checkpoints.run_key(), history, sender) if group.is_main else None
                 trainer = Trainer(settings, corpus, group, tracker, checkpoints)
                 if tracker is None:
                     trainer.run()

@@ -1,9 +1,10 @@
-"""Upload in the background, so that a training does not wait for a server."""
+"""Upload in the background, so that a training does not wait for a store."""
 
 import threading
 import time
 
 from minigpt.tracking.journal import Journal
+from minigpt.tracking.sender import Sender
 from minigpt.tracking.store import describe_error
 from minigpt.tracking.uploader import Uploader
 
@@ -16,11 +17,12 @@ SHORT_WAIT = 0.25
 
 
 class BackgroundUploader:
-    """Sends one journal: in a thread to a remote store, and in the caller's thread to a local one."""
+    """Sends one journal: with a sender in its process, otherwise in a thread, or to a local store in the caller's."""
 
-    def __init__(self, uploader: Uploader, journal: Journal) -> None:
+    def __init__(self, uploader: Uploader, journal: Journal, sender: Sender | None = None) -> None:
         self.error: Exception | None = None  # of the last attempt
-        self._uploader, self._journal = uploader, journal
+        self._uploader, self._journal, self._sender = uploader, journal, sender
+        self._immediate = uploader.store.local and sender is None
         marker = uploader.unreachable_marker
         self._recently_unreachable = marker.exists() and abs(time.time() - marker.stat().st_mtime) < RETRY_AFTER
         # Total seconds that `wait` may still take. SHORT_WAIT becomes MAX_WAIT when the store accepts records again.
@@ -30,13 +32,17 @@ class BackgroundUploader:
         self._thread: threading.Thread | None = None
 
     def request(self) -> None:
-        """Request an upload of new records. A local store has them on return, unless ``error`` was set."""
-        if self._uploader.store.local and self.error is None:
+        """Request an upload of new records.
+
+        Without a sender, a local store has them on return, unless ``error`` was set.
+        """
+        if self._immediate and self.error is None:
             self._try()
-        if self._uploader.store.local or not self._uploader.missing(self._journal):
+        if self._immediate or not self._uploader.missing(self._journal):
             return
         if self._thread is None:
-            if self._uploader.store.uri.startswith("http"):  # a database may not answer for minutes
+            # A database may not answer for minutes.
+            if self._sender is None and self._uploader.store.uri.startswith("http"):
                 try:
                     self._uploader.store.connect()
                 except Exception as error:
@@ -50,9 +56,12 @@ class BackgroundUploader:
 
     def wait(self) -> str:
         """Wait for the requested uploads. Return the reason if records are still missing, otherwise an empty string."""
+        self.wait_until_ready()
         began = time.monotonic()
+        # A local database is never waited for longer than DATABASE_WAIT.
+        limit = None if self._uploader.store.local else self.remaining_wait
         with self._changed:
-            attempted = self._changed.wait_for(lambda: self._attempted >= self._requested, self.remaining_wait)
+            attempted = self._changed.wait_for(lambda: self._attempted >= self._requested, limit)
         waited = time.monotonic() - began
         self.remaining_wait = max(0.0, self.remaining_wait - waited) if attempted else 0.0
         if not self._uploader.missing(self._journal):
@@ -65,6 +74,11 @@ class BackgroundUploader:
         if self._recently_unreachable:
             return "the server was unreachable a moment ago; not retrying yet"
         return f"the upload did not finish within {MAX_WAIT:g} seconds"
+
+    def wait_until_ready(self) -> None:
+        """Wait until the sender has imported MLflow."""
+        if self._sender:
+            self._sender.ready.wait()
 
     def _run(self) -> None:
         while True:
@@ -81,7 +95,10 @@ class BackgroundUploader:
 
     def _try(self) -> None:
         try:
-            self._uploader.send(self._journal)
+            if self._sender:
+                self._sender.send(self._journal, self._uploader.note_success)
+            else:
+                self._uploader.send(self._journal)
             self.error = None
         except Exception as error:
             self.error = error

@@ -20,6 +20,7 @@ from minigpt.tracking.background import BackgroundUploader
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.note import describe_results
 from minigpt.tracking.provenance import COMMIT_TAG, provenance
+from minigpt.tracking.sender import Sender
 from minigpt.tracking.store import NOTE_TAG, RUN_ID, describe_error, resolve_tracking_uri
 from minigpt.tracking.system_metrics import Monitor, describe_device
 from minigpt.tracking.uploader import Uploader
@@ -40,14 +41,17 @@ RESULTS = {
 
 
 class Tracker:
-    """Records one run in its journal and uploads it. ``live_history`` is a file that grows during a training."""
+    """Records one run in its journal and uploads it, with a ``sender`` in its process.
 
-    def __init__(self, key: str, live_history: Path | None = None) -> None:
+    ``live_history`` is a file that grows during a training.
+    """
+
+    def __init__(self, key: str, live_history: Path | None = None, sender: Sender | None = None) -> None:
         self.journal, self.live_history = Journal(key), live_history
         self.journal.clear_place()
         self._uploader = Uploader(resolve_tracking_uri())
         self.display_uri = self._uploader.display_uri
-        self._background = BackgroundUploader(self._uploader, self.journal)
+        self._background = BackgroundUploader(self._uploader, self.journal, sender)
         self._monitor: Monitor | None = None
         self._failure_reported = self._has_metrics = False
 
@@ -69,6 +73,7 @@ class Tracker:
         journal.status("RUNNING")
         self.attempt("system metrics", lambda: self._start_monitor(device))
         self.upload()
+        self._background.wait_until_ready()  # its import would slow the first steps, which are timed
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
@@ -237,8 +242,8 @@ def key_of_model(record: Path) -> str:
         raise UserError(f"{record}: does not name a run ({error}); create it with `dvc repro train`") from None
 
 
-def tracker_of_model(record: Path) -> Tracker:
+def tracker_of_model(record: Path, sender: Sender | None = None) -> Tracker:
     """Return the tracker of the run that trained this workspace's model. ``record`` is the file that names the run."""
-    tracker = Tracker(key_of_model(record))
+    tracker = Tracker(key_of_model(record), sender=sender)
     tracker.upload()
     return tracker

@@ -32,13 +32,17 @@ PARALLEL_UPLOADS = 8
 
 
 class Uploader:
-    """Sends journals to a store: each record once and in order, even after interruptions."""
+    """Sends journals to a store: each record once and in order, even after interruptions.
 
-    def __init__(self, uri: str, timeout: int = TIMEOUT) -> None:
+    It calls ``accepted`` after each request that the store accepts.
+    """
+
+    def __init__(self, uri: str, timeout: int = TIMEOUT, accepted: Callable[[], None] | None = None) -> None:
         self.store = Store(uri, timeout)
         self.display_uri = self.store.display_uri
         self.sent = 0  # records, over all journals
         self.last_success = -math.inf  # time of the last accepted request, by time.monotonic
+        self._report = accepted or (lambda: None)
         self._run_ids: dict[str, str] = {}
         self._digest = hashlib.sha256(os.fsencode(self.display_uri)).hexdigest()[:8]
         # A stage touches this file after it has waited for the store without success.
@@ -61,6 +65,10 @@ class Uploader:
     def missing(self, journal: Journal) -> int:
         """Return the number of records that are not known to be in the store."""
         return len(journal.since(Progress(self._progress_path(journal), journal).sent))
+
+    def note_success(self) -> None:
+        """Note that the store has accepted a request."""
+        self.last_success = time.monotonic()
 
     def _progress_path(self, journal: Journal) -> Path:
         return journal.folder / f"sent-{self._digest}.json"
@@ -89,7 +97,8 @@ class Uploader:
         def accepted(end: int, records: int) -> None:
             progress.save(end, progress.in_flight)
             self.sent += records
-            self.last_success = time.monotonic()
+            self.note_success()
+            self._report()
 
         for batch in _batches(pending):
             (first, first_end), (_, end) = batch[0], batch[-1]
