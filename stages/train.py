@@ -128,9 +128,9 @@ def record(result: TrainResult, tracker: Tracker, source: str) -> None:
 
 def package(target: Path) -> Path:
     """Package the exported model as an MLflow model in the folder ``target``, and return that folder."""
-    from minigpt.generation import serving  # imports mlflow; without it, only this fails
+    from minigpt.generation import package
 
-    serving.package(MODEL, target)
+    package.package(MODEL, target)
     return target
 
 

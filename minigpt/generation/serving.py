@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import threading
-import warnings
 from collections.abc import AsyncIterator
 from collections.abc import Generator as PyGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ import mlflow.pyfunc
 import pandas as pd  # not for its type alone: MLflow reads the type hints of `predict`
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from minigpt.errors import UserError
 from minigpt.params import SamplingParams, validate
@@ -32,9 +30,6 @@ from minigpt.params import SamplingParams, validate
 if TYPE_CHECKING:
     from minigpt.generation.generator import Generator
     from minigpt.generation.scheduler import Scheduler
-
-REQUIREMENTS = ["torch", "numpy", "pydantic", "safetensors", "tqdm", "filelock", "psutil"]
-"""Packages that serving needs besides mlflow."""
 
 LONGEST_TEXT = 100_000
 """Largest number of characters of a request, in all its prompts and new texts together."""
@@ -229,33 +224,6 @@ def refuse_unknown_params() -> None:
     logger = logging.getLogger("mlflow.models.utils")
     logger.setLevel(logging.WARNING)
     logger.addFilter(refuse)
-
-
-def parameter_schema() -> ParamSchema:
-    """Return MLflow's schema of :class:`minigpt.params.SamplingParams`, with its names and defaults."""
-    kinds = {int: DataType.long, float: DataType.double, str: DataType.string, list: DataType.string}
-    return ParamSchema([
-        ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
-        for name, value in SamplingParams().model_dump().items()
-    ])  # fmt: skip
-
-
-def package(model: Path, target: Path) -> None:
-    """Write the exported model ``model`` as an MLflow model to ``target``, with the code that it needs."""
-    from mlflow.models import ModelSignature
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    prompts, texts = Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"(?s).*input example", UserWarning)  # the signature is written out
-        mlflow.pyfunc.save_model(
-            target,
-            python_model=__file__,
-            artifacts={"model": str(model)},
-            code_paths=[str(Path(__file__).parents[1])],
-            pip_requirements=REQUIREMENTS,
-            signature=ModelSignature(prompts, texts, parameter_schema()),
-        )
 
 
 set_model(Writer())

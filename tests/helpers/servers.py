@@ -234,9 +234,9 @@ class Files(Loopback):
 def served_model(folder):
     """Serve a small random model from ``folder``. Yield the process and its port; the log is server.log."""
     from helpers.models import export_small
-    from minigpt.generation import serving
+    from minigpt.generation.package import package
 
-    serving.package(export_small(folder / "gpt"), folder / "model")
+    package(export_small(folder / "gpt"), folder / "model")
     port = free_port()
     program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
     with (folder / "server.log").open("w") as log:

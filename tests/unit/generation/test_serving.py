@@ -9,12 +9,17 @@ import pandas
 import pytest
 import requests
 import torch
+import yaml
 from helpers.models import export_small
 from helpers.servers import TOKEN, free_port, process
+from helpers.workspace import ROOT
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from minigpt.generation import serving
 from minigpt.generation.generator import Generator
+from minigpt.generation.package import REQUIREMENTS, package
 from minigpt.params import SamplingParams
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.uploader import Uploader
@@ -33,19 +38,49 @@ def without_compiler(tmp_path, monkeypatch):
 def packaged(tmp_path_factory):
     """An exported model, and its package."""
     folder = tmp_path_factory.mktemp("serving")
-    serving.package(export_small(folder / "gpt"), folder / "model")
+    package(export_small(folder / "gpt"), folder / "model")
     return folder / "gpt", folder / "model"
 
 
 def test_a_packaged_model_writes_the_same_text(packaged):
-    model, package = packaged
+    model, folder = packaged
     wanted = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.1, "stop": ["bac"]}
     wanted["seed"] = 5
-    texts = mlflow.pyfunc.load_model(str(package)).predict(
+    texts = mlflow.pyfunc.load_model(str(folder)).predict(
         pandas.DataFrame({"prompt": ["ab", "c\n"]}), wanted | {"max_new_tokens": 30}
     )
     generator = Generator.load(model, torch.device("cpu"))
     assert texts == [generator.generate(p, SamplingParams(**wanted, max_new_tokens=30))[0] for p in ("ab", "c\n")]
+
+
+def contents(folder):
+    """Return the files of a package by their paths, read if they are YAML, and without its identity."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("MLmodel", "conda.yaml", "python_env.yaml"):
+        files[name] = yaml.safe_load(files[name])
+    for key, length in (("model_uuid", 32), ("utc_time_created", 26)):
+        assert len(files["MLmodel"].pop(key)) == length
+    return files
+
+
+def test_package_equals_that_of_mlflow(packaged, tmp_path):
+    model, folder = packaged
+    kinds = {int: DataType.long, float: DataType.double, str: DataType.string, list: DataType.string}
+    params = [
+        ParamSpec(name, kinds[type(value)], value, (-1,) if isinstance(value, list) else None)
+        for name, value in SamplingParams().model_dump().items()
+    ]
+    mlflow.pyfunc.save_model(
+        tmp_path / "model",
+        python_model=serving.__file__,
+        artifacts={"model": str(model)},
+        code_paths=[str(ROOT / "minigpt")],
+        pip_requirements=REQUIREMENTS,
+        signature=ModelSignature(
+            Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)]), ParamSchema(params)
+        ),
+    )
+    assert contents(folder) == contents(tmp_path / "model")
 
 
 @pytest.mark.slow
