@@ -24,11 +24,8 @@ def package(model: Path, target: Path) -> None:
 
     The files are those of ``mlflow.pyfunc.save_model`` with serving.py as ``python_model``; a test compares them.
     """
-    serving, library, python = (
-        Path(__file__).with_name("serving.py"),
-        Path(__file__).parents[1],
-        platform.python_version(),
-    )
+    serving, library = Path(__file__).with_name("serving.py"), Path(__file__).parents[1]
+    python = platform.python_version()
     shutil.copytree(model, target / "artifacts" / model.name)
     shutil.copy(serving, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -70,12 +67,7 @@ def signature() -> dict[str, str]:
     """Return MLflow's signature: a column of prompts in, texts out, and the names and defaults of SamplingParams."""
     kinds = {int: "long", float: "double", str: "string", list: "string"}
     params = [
-        {
-            "name": name,
-            "default": value,
-            "shape": [-1] if isinstance(value, list) else None,
-            "type": kinds[type(value)],
-        }
+        {"name": name, "default": value, "shape": [-1] if isinstance(value, list) else None, "type": kinds[type(value)]}
         for name, value in SamplingParams().model_dump().items()
     ]
     prompts = [{"type": "string", "name": "prompt", "required": True}]
