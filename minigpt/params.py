@@ -56,7 +56,20 @@ class DataParams(Section):
 
     source: Text
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Fraction
+    split: Literal["end", "each_file"]
     normalize: Literal["none", "NFC"]
+
+    @field_validator("test_fraction")
+    @classmethod
+    def _check_training_split(cls, test_fraction: float, info: ValidationInfo) -> float:
+        val_fraction = info.data.get("val_fraction", 0)
+        if val_fraction + test_fraction >= 1:
+            raise ValueError(
+                "data.val_fraction + data.test_fraction must be less than 1, or no training split is left, "
+                f"got {val_fraction} + {test_fraction}"
+            )
+        return test_fraction
 
 
 class ModelParams(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import params
-from minigpt.comparison.tables import changes, committed_params
+from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
 from minigpt.evaluation.paired import STUDENT_95
 from minigpt.files import require_json
@@ -23,6 +23,9 @@ FILES = [
 LABEL = " " * 20
 """Start of a line that continues the one before."""
 
+MAX_FILES = 5
+"""Lines with the losses of single files."""
+
 
 def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
     """Return the summary of the stages that wrote to the folders ``model`` and ``results``."""
@@ -31,7 +34,7 @@ def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
             raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
     try:
         return _summary(model, results) + (NEXT_STEPS if next_steps else "")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{results}: damaged ({reason}); `dvc checkout dvc.yaml` restores the files") from None
 
@@ -42,7 +45,6 @@ def _summary(model: Path, results: Path) -> str:
         require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
     )
     val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
-    error = f", standard error {val['standard_error']:.2g}" if "standard_error" in val else ""
     with (results / "train" / "history.csv").open(newline="", encoding="utf-8") as file:
         untrained = float(next(csv.DictReader(file))["val_loss"])
     sample_lines = filter(str.strip, (results / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")[1:])
@@ -55,9 +57,9 @@ def _summary(model: Path, results: Path) -> str:
   {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
 {_verdict(train, evaluation)}{_changed(settings)}
-  validation loss   {val["loss"]:.4f} nats, {val["bits_per_character"]:.4f} bits per character
-                    exact over {val["characters"]:,} characters{error}
+{_loss("test loss", evaluation["test"]) if "test" in evaluation else ""}{_loss("validation loss", val)}\
                     before training: {untrained:.4f} nats
+{_by_file(results / "evaluate" / "files.csv")}\
   training loss     {evaluation["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
   calibration error {val["calibration_error"]:.4f}; the most likely character is correct in {val["accuracy"]:.1%}
   copied            at most {copied["longest_run"]} characters, {copied["share_of_8_grams"]:.0%} of 8-grams
@@ -72,6 +74,35 @@ def _summary(model: Path, results: Path) -> str:
   charts    dvc plots show
   runs      {"mlflow.db" if local else uri}
 """
+
+
+def _loss(label: str, metrics: dict[str, Any]) -> str:
+    """Return the exact loss of a split as two lines."""
+    error = f", standard error {metrics['standard_error']:.2g}" if "standard_error" in metrics else ""
+    return (
+        f"  {label:<18}{metrics['loss']:.4f} nats, {metrics['bits_per_character']:.4f} bits per character\n"
+        f"{LABEL}exact over {metrics['characters']:,} characters{error}\n"
+    )
+
+
+def _by_file(path: Path) -> str:
+    """Return the losses of the files of a text, the highest first, as at most MAX_FILES lines; nothing for one file."""
+    if not path.exists():
+        return ""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    split = rows[0]["split"]  # the test split if it has text of several files
+    rows = sorted((row for row in rows if row["split"] == split), key=lambda row: -float(row["loss"]))
+    shown = rows if len(rows) <= MAX_FILES else rows[: MAX_FILES - 1]
+    lines = []
+    for row in shown:
+        name = "".join(character if character.isprintable() else "?" for character in row["file"])
+        error = f" ± {float(row['standard_error']):.4f}" if row["standard_error"] else ""
+        lines.append(f"{float(row['loss']):.4f}{error:9} nats  {shorten(name, 36)}".rstrip())
+    if len(shown) < len(rows):
+        lines.append(f"and {len(rows) - len(shown):,} files with lower losses: {path}")
+    label = f"  {'test ' if split == 'test' else ''}loss by file".ljust(len(LABEL))
+    return label + f"\n{LABEL}".join(lines) + "\n"
 
 
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:

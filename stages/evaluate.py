@@ -2,6 +2,8 @@
 
 python -m stages.evaluate        models/gpt, data/prepared, results/train/metrics.json
                                  -> results/evaluate/{scores.json,metrics.json,losses.npz,*.csv}
+
+If there is a test split, this is the only stage that reads it.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minigpt.data.dataset import Corpus, EvalBatch, Split
+    from minigpt.data.tokenizer import Tokenizer
     from minigpt.evaluation.breakdown import Breakdown
+    from minigpt.evaluation.by_file import FileRecorder
     from minigpt.evaluation.character_losses import CharacterLosses
     from minigpt.evaluation.loss import Score
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
 
+LONG_NAMES = {"val": "validation", "test": "test"}
 SHORT, UNCERTAIN = 10_000, 0.01
 """A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
 
@@ -40,7 +45,8 @@ def main() -> None:
     sender = start_sender()  # imports MLflow meanwhile
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
-    from minigpt.data import dataset
+    from minigpt.data import dataset, splits
+    from minigpt.evaluation import by_file
     from minigpt.evaluation.breakdown import Breakdown
     from minigpt.runtime.device import choose_device, compute_dtype
     from minigpt.tracking.run import tracker_of_model
@@ -49,62 +55,94 @@ def main() -> None:
     device = choose_device(settings.train.device)
     model, tokenizer = export.load_model(MODEL, device)
     model.compute_dtype = compute_dtype(settings.train.dtype, device)
-    corpus = dataset.load_corpus(PREPARED, device)
+    corpus = dataset.load_corpus(PREPARED, device, with_test=True)
     if corpus.tokenizer.characters != tokenizer.characters:
         raise errors.UserError(
             f"{MODEL}: its vocabulary differs from that of {PREPARED}; train again with `dvc repro train`"
         )
 
+    sizes = {"train": len(corpus.train), "val": len(corpus.val)} | ({"test": corpus.n_test} if corpus.test else {})
+    parts = splits.load_files(PREPARED, sizes)
+    files = {name: by_file.FileRecorder(splits.ranges(parts, name)) for name in reversed(sizes) if name != "train"}
     breakdown = Breakdown(model.config.block_size, tokenizer, device)
     stride = settings.evaluate.stride or model.config.block_size // 2
-    val, losses = score_validation(model, corpus, stride, breakdown)
+    test = score_text("test", model, corpus.test, tokenizer, files=files["test"])[0] if corpus.test else None
+    val, losses = score_validation(model, corpus, stride, breakdown, files["val"])
     baselines, versus_ngram = score_baselines(corpus, losses)
     train = score_training(model, corpus.train, settings.evaluate.train_chars)
     metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
+    metrics = ({"test": test} if test else {}) | metrics
+    rows = [row for name, recorder in files.items() for row in recorder.rows(name)]
     compared = compare(metrics)
     with atomic_directory(RESULTS / "evaluate") as folder:
         breakdown.write(folder)
         losses.save(folder)
         write_csv(folder / "baselines.csv", compared)
+        if rows:
+            write_csv(folder / by_file.FILE, rows)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "scores.json", scores(metrics, require_json(RESULTS / "train" / "metrics.json", "metrics")))
     track(tracker, settings, metrics, breakdown, compared)
 
 
+def score_text(
+    name: str,
+    model: GPT,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    files: FileRecorder,
+    breakdown: Breakdown | None = None,
+) -> tuple[dict[str, Any], CharacterLosses]:
+    """Score every character of a held-out split without overlap, also for its ``files`` and a ``breakdown``.
+
+    Returns:
+        the metrics, and the loss of each character.
+    """
+    from minigpt.evaluation import paired
+    from minigpt.evaluation.character_losses import LossRecorder, scored_nats, text_digest
+    from minigpt.evaluation.loss import score
+
+    recorder = LossRecorder(len(split) - 1)
+
+    def record(batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
+        if breakdown:
+            breakdown.add(batch, logits, nats)
+        recorder.add(batch, logits, nats)
+        files.extend(scored_nats(batch, nats))
+
+    scored = score(model, split, callback=record)
+    metrics = summarize(name, scored)
+    losses = recorder.result(text_digest(split.tokens.numpy(force=True), tokenizer))
+    estimate = paired.loss(losses)
+    if math.isfinite(estimate.standard_error):
+        metrics["standard_error"] = estimate.standard_error
+        if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
+            print(
+                f"minigpt: the {LONG_NAMES[name]} split is short: {scored.count:,} characters determine the loss to "
+                f"+-{estimate.margin:.2g} nats (95 % confidence)"
+            )
+    return metrics, losses
+
+
 def score_validation(
-    model: GPT, corpus: Corpus, stride: int, breakdown: Breakdown
+    model: GPT, corpus: Corpus, stride: int, breakdown: Breakdown, files: FileRecorder
 ) -> tuple[dict[str, Any], CharacterLosses]:
     """Score the validation split without overlap, with overlapping windows, and with rounded weights.
 
     Returns:
         the metrics, and the loss of each character without overlap.
     """
-    from minigpt.evaluation import paired
-    from minigpt.evaluation.character_losses import LossRecorder, text_digest
     from minigpt.evaluation.loss import score
     from minigpt.quantize import loss_by_weights
 
-    val, recorder = corpus.val, LossRecorder(len(corpus.val) - 1)
-
-    def record(batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
-        breakdown.add(batch, logits, nats)
-        recorder.add(batch, logits, nats)
-
-    scored = score(model, val, callback=record)
-    metrics = summarize("val", scored)
-    losses = recorder.result(text_digest(val.tokens.numpy(force=True), corpus.tokenizer))
-    estimate = paired.loss(losses)
-    if math.isfinite(estimate.standard_error):
-        metrics["standard_error"] = estimate.standard_error
-        if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
-            print(
-                f"minigpt: the validation split is short: {scored.count:,} characters determine the loss to "
-                f"+-{estimate.margin:.2g} nats (95 % confidence)"
-            )
+    val = corpus.val
+    metrics, losses = score_text("val", model, val, corpus.tokenizer, files=files, breakdown=breakdown)
+    exact = metrics["loss"]
     overlapping = score(model, val, stride)
     print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
 
-    by_weights = loss_by_weights(model, lambda other: scored.loss if other is model else score(other, val).loss)
+    by_weights = loss_by_weights(model, lambda other: exact if other is model else score(other, val).loss)
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
     print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
     metrics |= {
@@ -170,9 +208,13 @@ def score_baselines(corpus: Corpus, losses: CharacterLosses) -> tuple[dict[str, 
 
 
 def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
-    """Return the few metrics by which experiments are compared, from those of this stage and of the stage train."""
+    """Return the few metrics by which experiments are compared, from those of this stage and of the stage train.
+
+    The loss of a test split is the first: the best step does not depend on it.
+    """
     val = metrics["val"]
     return {
+        **({"test_loss": metrics["test"]["loss"]} if "test" in metrics else {}),
         "val_loss": val["loss"],
         **({"standard_error": val["standard_error"]} if "standard_error" in val else {}),
         "bits_per_character": val["bits_per_character"],

@@ -1,6 +1,6 @@
-"""Encode the text, and write the vocabulary, the training split and the validation split.
+"""Encode the text, and write the vocabulary and the splits.
 
-python -m stages.prepare        data.source -> data/prepared/{train,val}.npy, tokenizer.json
+python -m stages.prepare        data.source -> data/prepared/{train,val,test}.npy, tokenizer.json, files.json
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ def main() -> None:
     settings = params.load()
     data = settings.data
     with atomic_directory(PREPARED) as folder:
-        tokenizer, n_train, n_val = encode_corpus(Path(data.source), data.val_fraction, folder, data.normalize)
-        check_corpus(settings, tokenizer, n_train)
+        tokenizer, sizes = encode_corpus(
+            Path(data.source),
+            data.val_fraction,
+            folder,
+            data.normalize,
+            test_fraction=data.test_fraction,
+            split=data.split,
+        )
+        check_corpus(settings, tokenizer, sizes["train"])
+    test = f"{sizes['test']:,} test characters, " if "test" in sizes else ""
     print(
-        f"minigpt: {data.source}: {n_train:,} training characters, {n_val:,} validation characters, "
-        f"vocabulary of {tokenizer.vocab_size}"
+        f"minigpt: {data.source}: {sizes['train']:,} training characters, {sizes['val']:,} validation characters, "
+        f"{test}vocabulary of {tokenizer.vocab_size}"
     )
 
 

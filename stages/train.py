@@ -63,6 +63,7 @@ def main() -> None:
                     return
                 try:
                     sizes = {"train": len(corpus.train), "val": len(corpus.val)}
+                    sizes |= {"test": corpus.n_test} if corpus.n_test else {}
                     tracker.begin(settings, corpus.digest, sizes, group.device)
                     if settings.train.init_from:
                         tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})

@@ -37,19 +37,24 @@ def overview(seeds: bool = False) -> str:
         return seed_table(group_by_seed(rows), reference)
     rows.sort(key=lambda each: each.val_loss if each.val_loss is not None else math.inf)
     here = _identity(Experiment("workspace", Folder(Path())))
-    table = [["experiment", "loss", "to the best", "parameters", "time", "changed params"]]
+    tested = any("test" in each.metrics("evaluate") for each in rows)
+    names = ["experiment", "test loss", "loss", "to the best", "parameters", "time", "changed params"]
+    table = [names if tested else [names[0], *names[2:]]]
     for each in rows:
         mark = "*" if _identity(each) == here and each.name != "workspace" else ""
         train = each.metrics("train")
         table.append([
-            each.name + mark, _loss(each), "" if each is rows[0] else _to_best(rows[0], each),
+            each.name + mark, *([_loss(each, "test")] if tested else []), _loss(each),
+            "" if each is rows[0] else _to_best(rows[0], each),
             _count(train.get("parameters")), duration(train.get("train_seconds")),
             changes(reference, each.params),
         ])  # fmt: skip
     notes = [MEANING, '"=" before a difference: it may be luck.']
     if any(row[0].endswith("*") for row in table):
         notes.append("* has the results in the workspace.")
-    return "\n".join([*align(table, left=(0, 5)), "", *notes])
+    if tested:
+        notes.append("The order follows the validation loss. Choose by it, and report the test loss of your choice.")
+    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
 
 
 def _known() -> list[Experiment]:
@@ -115,7 +120,7 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
         ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
     ]
     if any("test" in metrics for metrics in measured):
-        results.insert(1, ["test loss", *(_digits(metrics.get("test", {}).get("loss")) for metrics in measured)])
+        results.insert(1, ["test loss", *(_loss(each, "test") for each in chosen)])
     return results, keys
 
 
@@ -205,9 +210,10 @@ def _to_best(best: Experiment, other: Experiment) -> str:
     return ""
 
 
-def _loss(experiment: Experiment) -> str:
-    error = experiment.metrics("evaluate").get("val", {}).get("standard_error")
-    return _digits(experiment.val_loss) + (f" ± {error:.4f}" if isinstance(error, int | float) else "")
+def _loss(experiment: Experiment, split: str = "val") -> str:
+    metrics = experiment.metrics("evaluate").get(split, {})
+    error = metrics.get("standard_error")
+    return _digits(metrics.get("loss")) + (f" ± {error:.4f}" if isinstance(error, int | float) else "")
 
 
 def _digits(value: Any) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minigpt.data.encode import MIN_PARALLEL_BYTES, survey
+from minigpt.data.splits import SplitRule
 from minigpt.data.text import find_text_files, split_into_pieces
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
@@ -21,8 +22,9 @@ def check_text(settings: Params) -> None:
         return
     paths = find_text_files(source)
     if sum(path.stat().st_size for path in paths) < MIN_PARALLEL_BYTES:
-        found = survey(source, list(split_into_pieces(paths, data.normalize)), data.val_fraction, data.normalize)
-        check_corpus(settings, found.tokenizer, found.n_train)
+        rule = SplitRule(data.val_fraction, data.test_fraction, data.split)
+        found = survey(source, list(split_into_pieces(paths, data.normalize)), rule, data.normalize)
+        check_corpus(settings, found.tokenizer, found.layout.sizes["train"])
 
 
 def check_corpus(settings: Params, tokenizer: Tokenizer, n_train: int) -> None:

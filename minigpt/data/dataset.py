@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minigpt.data.encode import SPLITS, digest
+from minigpt.data.encode import SPLITS, TEST, digest
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.files import NOT_REGULAR, read_json
@@ -177,16 +177,23 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Corpus written by the prepare stage; ``digest`` is the hash of both splits and the vocabulary."""
+    """Corpus written by the prepare stage; ``digest`` is the hash of all splits and the vocabulary.
+
+    ``n_test`` is the number of characters of the test split, even if the split was not requested.
+    """
 
     train: Split
     val: Split
     tokenizer: Tokenizer
     digest: str
+    test: Split | None = None
+    n_test: int = 0
 
 
-def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
+def load_corpus(folder: Path, device: torch.device | str = "cpu", *, with_test: bool = False) -> Corpus:
     """Open a corpus written by :func:`minigpt.data.encode.encode_corpus`. A large one opens as fast as a small one.
+
+    The test split is opened only ``with_test``, so that no training can depend on it by mistake.
 
     A split is read from its file if it is larger than MAX_IN_MEMORY_BYTES (CPU) or a quarter of the free memory (GPU).
     The size of each file is checked, and the digest if the files have at most MAX_IN_MEMORY_BYTES together.
@@ -196,10 +203,12 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
     """
     device = torch.device(device)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    path, splits = folder / "digest.json", []
+    path, splits, n_test = folder / "digest.json", [], 0
     try:
         content = read_json(path)
-        recorded, sizes = content["sha256"], {name: int(content["bytes"][name]) for name in SPLITS}
+        recorded, written = content["sha256"], content["bytes"]
+        names = (*SPLITS, TEST) if TEST in written else SPLITS
+        sizes = {name: int(written[name]) for name in names}
         for name, size in sizes.items():
             path = folder / name
             if path.exists() and not path.is_file():
@@ -209,6 +218,10 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
                 raise ValueError("not tokens of the vocabulary in this folder")
             if (found := path.stat().st_size) != size:
                 raise ValueError(f"{found} bytes, but {size} were written")
+            if name == TEST:
+                n_test = len(tokens)
+                if not with_test:
+                    continue
             limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else MAX_IN_MEMORY_BYTES
             splits.append(Split(tokens, path, device) if tokens.nbytes > limit else Split(tokens.to(device)))
         path = folder / "digest.json"
@@ -218,4 +231,4 @@ def load_corpus(folder: Path, device: torch.device | str = "cpu") -> Corpus:
         raise UserError(f"{path}: no such file; create it with `dvc repro prepare`") from None
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise UserError(f"{path}: damaged: {error}; create it again with `dvc repro --force prepare`") from None
-    return Corpus(splits[0], splits[1], tokenizer, recorded)
+    return Corpus(splits[0], splits[1], tokenizer, recorded, splits[2] if len(splits) > 2 else None, n_test)

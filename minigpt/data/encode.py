@@ -1,9 +1,9 @@
 """A text encoded to token files on disk, by all cores and in bounded memory.
 
 1. Cut the text into pieces that can be read independently (:mod:`minigpt.data.text`).
-2. Scan: collect the distinct code points of each piece and count its characters. This gives the vocabulary and the
-   position of each piece in the token files.
-3. Write: encode each piece at its position, so the files do not depend on the number of processes.
+2. Scan: collect the distinct code points of each piece and count the characters of each file. This gives the vocabulary
+   and the place of each character in the token files (:mod:`minigpt.data.splits`).
+3. Write: encode each piece at its place, so the token files do not depend on the number of processes.
 4. Hash the token files and the vocabulary, to detect damage and to identify the data of a run.
 """
 
@@ -12,19 +12,20 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from minigpt.data.splits import Layout, Segment, SplitKind, SplitRule, count_files, lay_out, overlapping, save_files
 from minigpt.data.text import CHUNK_BYTES, Span, changed_error, find_text_files, read_piece, split_into_pieces
 from minigpt.data.tokenizer import CODE_POINTS, Tokenizer, describe_character
 from minigpt.errors import UserError
@@ -38,22 +39,33 @@ HASH_BLOCK_BYTES = 1 << 24
 """Bytes of a token file that one task hashes. The digest depends on this number."""
 
 SPLITS = ("train.npy", "val.npy")
+TEST = "test.npy"
+"""Token files of every corpus, and the token file of a test split."""
 
 Map = Callable[..., Iterable[Any]]
 """The built-in ``map``, or one with the same signature that runs in several processes."""
 
 
 def encode_corpus(
-    source: Path, val_fraction: float, folder: Path, normalize: str = "none", workers: int | None = None
-) -> tuple[Tokenizer, int, int]:
-    """Encode a text and write train.npy, val.npy, tokenizer.json and digest.json to an existing ``folder``.
+    source: Path,
+    val_fraction: float,
+    folder: Path,
+    normalize: str = "none",
+    workers: int | None = None,
+    *,
+    test_fraction: float = 0.0,
+    split: SplitKind = "end",
+) -> tuple[Tokenizer, dict[str, int]]:
+    """Encode a text and write its tokens, tokenizer.json and digest.json to an existing ``folder``.
 
     The text is the file ``source``, or the .txt files of that folder, in the normal form ``normalize`` (NFC or none).
-    The validation split is the last ``val_fraction`` of its characters. By default, ``workers`` is 1 for a short text,
-    else the number of cores available to this process.
+    The test split is the last ``test_fraction`` of its characters, and the validation split is the ``val_fraction``
+    before it. With the ``split`` each_file, they are the ends of each file. The tokens are train.npy, val.npy and, if
+    there is a test split, test.npy. For several files, files.json has the characters of each. By default, ``workers``
+    is 1 for a short text, else the number of cores available to this process.
 
     Returns:
-        the tokenizer, and the numbers of characters of the training and the validation split.
+        the tokenizer, and the number of characters of each split by its name.
 
     Raises:
         UserError: the text is missing, empty, not UTF-8, too short to split or changed; or a process was killed.
@@ -64,94 +76,121 @@ def encode_corpus(
     pieces = list(split_into_pieces(paths, normalize))
     if workers is None:
         workers = len(available_cores()) if size >= MIN_PARALLEL_BYTES else 1
+    rule = SplitRule(val_fraction, test_fraction, split)
     # The text is read twice. Without a terminal, and during the first second, no bar is shown.
     bar = tqdm(total=2 * size, unit="B", unit_scale=True, delay=1, disable=None)
     with worker_pool(min(workers, len(pieces)), source) as run, bar:
-        found = survey(source, pieces, val_fraction, normalize, run=run, progress=bar.update)
-        tokenizer, counts, n_train = found.tokenizer, found.counts, found.n_train
-        tokenizer.save(folder / "tokenizer.json")
-        for name, length in zip(SPLITS, (n_train, sum(counts) - n_train), strict=True):
-            np.lib.format.open_memmap(folder / name, "w+", tokenizer.dtype, (length,))  # a sparse file of zeros
-        starts = [0, *accumulate(counts)][:-1]
-        for piece, _ in zip(pieces, run(partial(_write, folder, source), pieces, starts, counts), strict=True):
-            bar.update(sum(map(len, piece)))
+        found = survey(source, pieces, rule, normalize, run=run, progress=bar.update)
+        found.tokenizer.save(folder / "tokenizer.json")
+        _write_tokens(source, pieces, found, folder, run=run, progress=bar.update)
         for path, stat in zip(paths, before, strict=True):
             now = path.stat()
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise changed_error(path)
-        sizes = {name: (folder / name).stat().st_size for name in SPLITS}
-        write_json(folder / "digest.json", {"sha256": digest(folder, tokenizer, sizes, run), "bytes": sizes})
-    return tokenizer, n_train, sum(counts) - n_train
+        if len(found.layout.files) > 1:
+            save_files(folder, found.layout.files)
+        sizes = {f"{name}.npy": (folder / f"{name}.npy").stat().st_size for name in found.layout.sizes}
+        write_json(folder / "digest.json", {"sha256": digest(folder, found.tokenizer, sizes, run), "bytes": sizes})
+    return found.tokenizer, found.layout.sizes
 
 
 @dataclass(frozen=True)
 class Survey:
-    """First reading of a text: its vocabulary, the characters of each piece, and those of the training split."""
+    """First reading of a text: its vocabulary, the characters of each piece, and the place of all of them."""
 
     tokenizer: Tokenizer
     counts: list[int]
-    n_train: int
+    layout: Layout
 
 
 def survey(
     source: Path,
     pieces: list[list[Span]],
-    val_fraction: float,
+    rule: SplitRule,
     normalize: str,
     *,
     run: Map = map,
     progress: Callable[[int], object] = lambda _bytes: None,
 ) -> Survey:
     """Read the pieces of a text, and raise a UserError if there is too little to train on."""
-    seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), []
-    for piece, (points, count) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
+    seen, counts = np.zeros(CODE_POINTS, dtype=np.bool_), list[list[int]]()
+    for piece, (points, numbers) in zip(pieces, run(partial(_scan, normalize), pieces), strict=True):
         seen[points] = True
-        counts.append(count)
+        counts.append(numbers)
         progress(sum(map(len, piece)))
-    total = sum(counts)
+    layout = lay_out(count_files(source, pieces, counts), rule)
+    total = sum(layout.sizes.values())
     if not total:
         raise UserError(f"{source}: empty; there is nothing to train on")
-    n_train = int(total * (1 - val_fraction))
-    if n_train < 2 or total - n_train < 2:
-        raise UserError(f"{source}: {total} characters are too few to split (data.val_fraction = {val_fraction})")
+    if min(layout.sizes.values()) < 2:
+        raise UserError(f"{source}: {total} characters are too few to split ({rule})")
     tokenizer = Tokenizer.from_seen(seen, normalize)
     if tokenizer.vocab_size == 1:
         character = describe_character(tokenizer.characters)
         raise UserError(f"{source}: has no character other than {character}; there is nothing to learn")
-    return Survey(tokenizer, counts, n_train)
+    return Survey(tokenizer, [sum(numbers) for numbers in counts], layout)
 
 
-def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], int]:
-    """Return the distinct code points of a piece and its number of characters."""
-    seen, seen_ascii, count = np.zeros(CODE_POINTS, dtype=np.bool_), b"", 0
-    for points in read_piece(piece, normalize):
-        count += len(points)
-        if points.dtype == np.uint8:
-            if new := points.tobytes().translate(None, seen_ascii):
-                seen_ascii += bytes(set(new))
-        elif not seen.take(points, mode="clip").all():  # reading is three times as fast as marking
-            seen[points] = True
+def _write_tokens(
+    source: Path, pieces: list[list[Span]], found: Survey, folder: Path, *, run: Map, progress: Callable[[int], object]
+) -> None:
+    """Write the token file of each split."""
+    for name, length in found.layout.sizes.items():  # sparse files of zeros
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", found.tokenizer.dtype, (length,))
+    places = list(pairwise([0, *accumulate(found.counts)]))
+    # Only the segments of a piece are sent to the process that writes it: a folder may have many files.
+    segments = (overlapping(found.layout.segments, *place) for place in places)
+    for piece, _ in zip(pieces, run(partial(_write, folder, source), pieces, places, segments), strict=True):
+        progress(sum(map(len, piece)))
+
+
+def _scan(normalize: str, piece: list[Span]) -> tuple[NDArray[Any], list[int]]:
+    """Return the distinct code points of a piece, and the number of characters of each of its spans.
+
+    A span can be read alone: it starts at a safe cut or, if it starts a file, after a newline, with which nothing
+    composes.
+    """
+    seen, seen_ascii, counts = np.zeros(CODE_POINTS, dtype=np.bool_), b"", []
+    for span in piece:
+        counts.append(0)
+        for points in read_piece([span], normalize):
+            counts[-1] += len(points)
+            if points.dtype == np.uint8:
+                if new := points.tobytes().translate(None, seen_ascii):
+                    seen_ascii += bytes(set(new))
+            elif not seen.take(points, mode="clip").all():  # reading is three times as fast as marking
+                seen[points] = True
     seen[list(seen_ascii)] = True
-    return np.flatnonzero(seen), count
+    return np.flatnonzero(seen), counts
 
 
-def _write(folder: Path, source: Path, piece: list[Span], start: int, count: int) -> None:
-    """Write the ids of a piece with ``count`` characters that starts at character ``start`` of the text."""
-    tokenizer, position = Tokenizer.load(folder / "tokenizer.json"), start
-    with (folder / SPLITS[0]).open("r+b", buffering=0) as train, (folder / SPLITS[1]).open("r+b", buffering=0) as val:
-        np.lib.format.read_magic(train), np.lib.format.read_magic(val)
-        (n_train,), _, dtype = np.lib.format.read_array_header_1_0(train)
-        np.lib.format.read_array_header_1_0(val)
-        train.seek(min(start, n_train) * dtype.itemsize, os.SEEK_CUR)
-        val.seek(max(0, start - n_train) * dtype.itemsize, os.SEEK_CUR)
+def _write(folder: Path, source: Path, piece: list[Span], place: tuple[int, int], segments: list[Segment]) -> None:
+    """Write the ids of a piece, which are the characters [begin, end) of the text if ``place`` is (begin, end)."""
+    tokenizer, position = Tokenizer.load(folder / "tokenizer.json"), place[0]
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context((folder / f"{name}.npy").open("r+b", buffering=0))
+            for name in {segment.name for segment in segments}
+        }
+        headers = {name: _header_bytes(file) for name, file in files.items()}
         for points in read_piece(piece, tokenizer.normalize):
             ids = tokenizer.encode_known(points)
-            in_train = max(0, n_train - position)
-            train.write(ids[:in_train].data)
-            val.write(ids[in_train:].data)
-            position += len(ids)
-    if position - start != count:
+            end = position + len(ids)
+            for segment in overlapping(segments, position, end):
+                begin = max(position, segment.begin)
+                offset = segment.position + begin - segment.begin
+                files[segment.name].seek(headers[segment.name] + offset * ids.itemsize)
+                files[segment.name].write(ids[begin - position : segment.end - position].data)
+            position = end
+    if position != place[1]:
         raise changed_error(source)
+
+
+def _header_bytes(file: BinaryIO) -> int:
+    """Return the size of the header of an open .npy file."""
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    return file.tell()
 
 
 def digest(folder: Path, tokenizer: Tokenizer, sizes: dict[str, int], run: Map = map) -> str:

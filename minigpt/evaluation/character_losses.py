@@ -82,7 +82,7 @@ class LossRecorder:
 
     def add(self, batch: EvalBatch, _logits: Tensor, nats: Tensor) -> None:
         """Add -ln p (B, T) of the targets that no earlier batch has scored."""
-        self.extend(nats[:, batch.already_scored :].flatten().double().numpy(force=True))
+        self.extend(scored_nats(batch, nats))
 
     def extend(self, nats: NDArray[np.float64]) -> None:
         """Add -ln p of the next characters."""
@@ -97,6 +97,11 @@ class LossRecorder:
         last = [self._rest.sum(keepdims=True)] if len(self._rest) else []
         sums = np.concatenate([*self._sums, *last]).astype(np.float32)
         return CharacterLosses(sums, self.segment, self.characters, text)
+
+
+def scored_nats(batch: EvalBatch, nats: Tensor) -> NDArray[np.float64]:
+    """Return those of -ln p (B, T) that no earlier batch has scored, in reading order."""
+    return nats[:, batch.already_scored :].flatten().double().numpy(force=True)
 
 
 def text_digest(tokens: NDArray[Any], tokenizer: Tokenizer) -> str:

@@ -37,9 +37,16 @@ def _training(metrics: dict[str, Any]) -> str:
 def _comparison(metrics: dict[str, Any]) -> str:
     val = metrics["val"]
     best, ngram = min((loss, name) for name, loss in metrics["baselines"].items() if name != "characters")
-    error = f" ± {val['standard_error']:.4f}" if "standard_error" in val else ""
     verdict = "better" if val["loss"] < best else "worse"
+    # The validation loss chose the best step. The test loss did not, so it is the result.
+    first = f"**Test loss {_loss(metrics['test'])}.\n\n" if "test" in metrics else ""
     return (
-        f"**Validation loss {val['loss']:.4f}{error} nats** ({val['bits_per_character']:.4f} bits per character), "
+        f"{first}**Validation loss {_loss(val)}, "
         f"{abs(best - val['loss']):.4f} {verdict} than the best n-gram model, a {ngram} with {best:.4f}."
     )
+
+
+def _loss(metrics: dict[str, Any]) -> str:
+    """Return a loss with its error, the end of bold text, and the bits."""
+    error = f" ± {metrics['standard_error']:.4f}" if "standard_error" in metrics else ""
+    return f"{metrics['loss']:.4f}{error} nats** ({metrics['bits_per_character']:.4f} bits per character)"

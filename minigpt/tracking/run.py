@@ -33,7 +33,8 @@ NAMES = {
 }  # fmt: skip
 # Single values get a bar chart each, so only those by which people compare runs are metrics. All are in the artifacts.
 RESULTS = {
-    "train.train_seconds": "results/train_seconds", "evaluate.val.loss": "results/val_loss",
+    "train.train_seconds": "results/train_seconds", "evaluate.test.loss": "results/test_loss",
+    "evaluate.test.standard_error": "results/test_standard_error", "evaluate.val.loss": "results/val_loss",
     "evaluate.val.standard_error": "results/val_standard_error", "evaluate.val.accuracy": "results/val_accuracy",
     "evaluate.val.calibration_error": "results/calibration_error", "evaluate.train.loss": "results/train_loss",
     "sample.memorised.longest_run": "results/longest_copied_run",

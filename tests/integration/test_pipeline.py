@@ -182,6 +182,40 @@ def test_second_repro_runs_no_stage(repository):
     assert stages_run(repro(repository[0])) == []
 
 
+@pytest.mark.slow
+def test_held_out_ends_of_several_files_and_a_test_split(copy):
+    text = (copy / "data/songs.txt").read_text(encoding="utf-8")
+    (copy / "data/mine").mkdir()
+    for number, begin in enumerate((0, 6000, 12_000)):
+        (copy / f"data/mine/{number}.txt").write_text(text[begin : begin + 6000], encoding="utf-8")
+    set_params(copy, {"data": {"source": "data/mine", "split": "each_file", "val_fraction": 0.2, "test_fraction": 0.2}})
+    printed = repro(copy)
+    assert re.search(
+        r"data/mine: [\d,]+ training characters, 3,6\d\d validation .*, 3,6\d\d test characters, voc", printed
+    )
+    metrics = json.loads((copy / "results/evaluate/metrics.json").read_text())
+    scores = json.loads((copy / "results/evaluate/scores.json").read_text())
+    assert next(iter(scores.items())) == ("test_loss", metrics["test"]["loss"])
+    with (copy / "results/evaluate/files.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["split"], row["file"]) for row in rows] == [
+        (split, f"{number}.txt") for split in ("test", "val") for number in range(3)
+    ]
+    for split in ("test", "val"):
+        own = [row for row in rows if row["split"] == split]
+        assert sum(int(row["characters"]) for row in own) == metrics[split]["characters"]
+        nats = sum(int(row["characters"]) * float(row["loss"]) for row in own)
+        assert nats / metrics[split]["characters"] == pytest.approx(metrics[split]["loss"], rel=1e-6)
+    shown = printed[printed.index("verdict") :]
+    assert (
+        shown.index("  test loss         ") < shown.index("  validation loss   ") < shown.index("  test loss by file ")
+    )
+    client, (run, *_) = runs(copy)
+    assert run.data.metrics["results/test_loss"] == metrics["test"]["loss"]
+    assert "**Test loss" in run.data.tags["mlflow.note.content"]
+    assert "evaluate/files.csv" in {file.path for file in client.list_artifacts(run.info.run_id, "evaluate")}
+
+
 def replace(folder, path, old, new):
     text = (folder / path).read_text()
     assert old in text

@@ -57,6 +57,11 @@ def test_reference_is_the_published_system():
         ({"sample": {"prompts": []}}, "sample.prompts: must not be empty"),
         ({"sample": {"prompts": [3]}}, "sample.prompts.0: expected a text, got 3"),
         ({"data": {"val_fraction": 1.0}}, "data.val_fraction: must be less than 1, got 1.0"),
+        (
+            {"data": {"val_fraction": 0.7, "test_fraction": 0.3}},
+            "data.test_fraction: data.val_fraction + data.test_fraction must be less than 1, or no training split",
+        ),
+        ({"data": {"split": "each"}}, "data.split: expected 'end' or 'each_file', got 'each'"),
         ({"sample": {"overflow": "hop"}}, "sample.overflow: hop was renamed reread"),
         ({"sample": {"overflow": "skip"}}, "sample.overflow: expected 'reread', 'slide' or 'roll', got 'skip'"),
         ({"sample": {"temperature": 1e-45}}, "sample.temperature: must be 0, or at least 1e-06, got 1e-45"),

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from helpers.experiments import results_folder, two_losses
@@ -84,3 +86,19 @@ def test_changes_name_the_section_only_where_a_name_is_ambiguous():
 @pytest.mark.parametrize("seconds, text", [(0.71, "0.71 s"), (92, "92 s"), (222, "3.7 min"), (7200, "2 h"), ("", "")])
 def test_times_have_a_unit(seconds, text):
     assert tables.duration(seconds) == text
+
+
+def test_test_loss_is_reported_before_the_validation_loss(pair, monkeypatch):
+    for each, loss in zip(pair, (1.25, 1.5), strict=True):
+        path = each.files.root / "results/evaluate/metrics.json"
+        test = {"loss": loss, "standard_error": 0.01, "characters": 9}
+        path.write_text(json.dumps({"test": test} | json.loads(path.read_text())))
+    lines = tables.comparison(pair).splitlines()
+    assert [line[:15].strip() for line in lines[2:4]] == ["test loss", "validation loss"]
+    assert lines[2].split()[2:] == ["1.2500", "±", "0.0100", "1.5000", "±", "0.0100"]
+    monkeypatch.setattr(tables, "_known", lambda: list(pair))
+    monkeypatch.chdir(pair[0].files.root)
+    header, best, other = tables.overview().splitlines()[:3]
+    assert header.split()[:4] == ["experiment", "test", "loss", "loss"]
+    assert best.split()[:4] == ["second", "1.5000", "±", "0.0100"]  # the order is that of the validation loss
+    assert other.split()[:4] == ["first*", "1.2500", "±", "0.0100"]

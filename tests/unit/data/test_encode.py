@@ -14,36 +14,37 @@ from hypothesis import strategies as st
 from minigpt.data import encode as encode_module
 from minigpt.data import text as text_module
 from minigpt.data.dataset import load_corpus
-from minigpt.data.encode import SPLITS, encode_corpus
+from minigpt.data.encode import SPLITS, TEST, encode_corpus
 from minigpt.errors import UserError
 
 PARAGRAPHS = "It is a truth, universally\r\nacknowledged\rthat नमस्ते e\u0301 क\u093c ".encode() * 3000
 
 
 def read_outputs(folder):
-    return {name: (folder / name).read_bytes() for name in (*SPLITS, "tokenizer.json", "digest.json")}
+    names = {*SPLITS, "tokenizer.json", "digest.json"}
+    assert names <= {path.name for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_ids_are_indices_into_the_sorted_characters(tmp_path, small_chunks):
     text = "to be or not\nनमस्ते to be" * 9
     (tmp_path / "a.txt").write_text(text)
-    tokenizer, n_train, n_val = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
+    tokenizer, sizes = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
     ids = {character: index for index, character in enumerate(sorted(set(text)))}
     loaded = load_corpus(tmp_path)
-    assert n_train == int(len(text) * 0.9)
-    assert n_train + n_val == len(text)
+    assert sizes == {"train": int(len(text) * 0.9), "val": len(text) - int(len(text) * 0.9)}
     assert loaded.train.tokens.tolist() + loaded.val.tokens.tolist() == [ids[character] for character in text]
     assert loaded.tokenizer.characters == tokenizer.characters == "".join(sorted(ids))
 
 
 def test_normal_form_is_saved_with_the_vocabulary(tmp_path):
     (tmp_path / "a.txt").write_text("cafe\u0301 क\u093c\n" * 40, encoding="utf-8")
-    plain, _, _ = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
-    composed, n_train, n_val = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path, "NFC")
+    plain, _ = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
+    composed, sizes = encode_corpus(tmp_path / "a.txt", 0.1, tmp_path, "NFC")
     assert "é" not in plain.characters
     assert "é" in composed.characters
     assert "\u0301" not in composed.characters
-    assert n_train + n_val == 40 * len(unicodedata.normalize("NFC", "cafe\u0301 क\u093c\n"))
+    assert sum(sizes.values()) == 40 * len(unicodedata.normalize("NFC", "cafe\u0301 क\u093c\n"))
     assert load_corpus(tmp_path).tokenizer.normalize == "NFC"
 
 
@@ -54,8 +55,8 @@ def test_text_too_short_to_split_is_rejected(tmp_path, small_chunks, data, messa
         encode_corpus(tmp_path / "a.txt", 0.1, tmp_path)
 
 
-@pytest.mark.parametrize("normalize", ["none", "NFC"])
-def test_number_of_processes_does_not_change_the_output(tmp_path, monkeypatch, normalize):
+@pytest.mark.parametrize("normalize, options", [("none", {}), ("NFC", {"test_fraction": 0.1, "split": "each_file"})])
+def test_number_of_processes_does_not_change_the_output(tmp_path, monkeypatch, normalize, options):
     monkeypatch.setattr(text_module, "PIECE_BYTES", 1 << 20)
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -69,9 +70,10 @@ def test_number_of_processes_does_not_change_the_output(tmp_path, monkeypatch, n
         if workers == 3:
             monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
         (tmp_path / str(workers)).mkdir()
-        encode_corpus(texts, 0.1, tmp_path / str(workers), normalize, workers)
+        encode_corpus(texts, 0.1, tmp_path / str(workers), normalize, workers, **options)
         found.append(read_outputs(tmp_path / str(workers)))
     assert found[0] == found[1] == found[2]
+    assert (TEST in found[0]) == bool(options)
     corpus = load_corpus(tmp_path / "1")
     assert corpus.tokenizer.decode(corpus.train.tokens.numpy()[:9]) == "It is a t"
 

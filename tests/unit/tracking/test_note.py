@@ -5,6 +5,7 @@ import json
 from helpers.tracking import find_run
 
 from minigpt.tracking import store
+from minigpt.tracking.note import describe_results
 from minigpt.tracking.run import Tracker
 
 KEY = "e" * 32
@@ -53,6 +54,14 @@ def test_run_describes_loss_sample_page_and_serving(here):
     assert "```text\nROMEO:\nA ''' fence\n```" in text
     assert "sample/page.html" in text
     assert f"runs:/{run.info.run_id}/model" in text
+
+
+def test_loss_of_a_test_split_comes_first(here):
+    write_results(here)
+    test = {"loss": 1.625, "bits_per_character": 2.34, "standard_error": 0.02}
+    (here / "evaluate/metrics.json").write_text(json.dumps(METRICS["evaluate"] | {"test": test}))
+    text = describe_results(here, ("train", "evaluate"))
+    assert "**Test loss 1.6250 ± 0.0200 nats** (2.3400 bits per character).\n\n**Validation loss 1.5000" in text
 
 
 def test_description_that_a_user_edited_stays(here):

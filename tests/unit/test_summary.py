@@ -1,0 +1,36 @@
+"""Tests of parts of the summary. The pipeline's tests show it whole."""
+
+import pytest
+
+from minigpt import summary
+from minigpt.files import write_csv
+
+
+def rows(count, split="val"):
+    same = {"split": split, "characters": 90}
+    return [{"file": f"songs/{n}.txt", **same, "loss": 1 + n / 8, "standard_error": 0.01} for n in range(count)]
+
+
+@pytest.mark.parametrize("count, last", [(2, "songs/0.txt"), (5, "songs/0.txt"), (6, "files.csv"), (999, "files.csv")])
+def test_summary_lists_at_most_five_files_the_highest_loss_first(tmp_path, count, last):
+    write_csv(tmp_path / "files.csv", rows(count))
+    lines = summary._by_file(tmp_path / "files.csv").splitlines()
+    assert len(lines) == min(5, count)
+    assert lines[0] == f"  loss by file      {1 + (count - 1) / 8:.4f} ± 0.0100 nats  songs/{count - 1}.txt"
+    assert lines[-1].endswith(last)
+    if count > 5:
+        assert f"and {count - 4} files with lower losses: " in lines[-1]
+
+
+def test_summary_shows_the_files_of_the_test_split_if_there_is_one(tmp_path):
+    test = rows(2, "test")
+    test[1] |= {"standard_error": "", "file": "a\x1b[2J\n" + "b" * 99}
+    write_csv(tmp_path / "files.csv", [*test, *rows(9)])
+    lines = summary._by_file(tmp_path / "files.csv").splitlines()
+    assert lines[0] == "  test loss by file 1.1250          nats  a?[2J?" + "b" * 29 + "…"
+    assert lines[1] == "                    1.0000 ± 0.0100 nats  songs/0.txt"
+    assert max(map(len, lines)) <= 80
+
+
+def test_summary_of_one_file_has_no_such_lines(tmp_path):
+    assert summary._by_file(tmp_path / "files.csv") == ""
