@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from minigpt.tracking.run import Tracker
-    from minigpt.training.trainer import TrainResult
+    from minigpt.training.trainer import Trainer, TrainResult
 
 
 def main() -> None:
@@ -44,7 +44,6 @@ def main() -> None:
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
     from minigpt.training.control import ignore_signals, interruptible
-    from minigpt.training.initial import weights_digest
     from minigpt.training.trainer import Trainer
 
     with join_process_group(settings.train.device, settings.train.grad_accum, settings.train.parallel) as group:
@@ -62,13 +61,7 @@ def main() -> None:
                     trainer.run()
                     return
                 try:
-                    sizes = {"train": len(corpus.train), "val": len(corpus.val)}
-                    sizes |= {"test": corpus.n_test} if corpus.n_test else {}
-                    tracker.begin(settings, corpus.digest, sizes, group.device)
-                    if settings.train.init_from:
-                        tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})
-                    run = f"run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}"
-                    print(f"minigpt: {trainer.describe()}; {run}")
+                    begin(tracker, trainer, settings)
                     result = trainer.run()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
                     write_results(result, tracker, settings.data.source)
@@ -81,6 +74,19 @@ def main() -> None:
             # Without its checkpoints, an interrupted stage would begin again at step 0.
             ignore_signals()
             checkpoints.remove()
+
+
+def begin(tracker: Tracker, trainer: Trainer, settings: params.Params) -> None:
+    """Record the start of a training, and print what is trained and where it is tracked."""
+    from minigpt.training.initial import weights_digest
+
+    corpus = trainer.corpus
+    sizes = {"train": len(corpus.train), "val": len(corpus.val)} | ({"test": corpus.n_test} if corpus.n_test else {})
+    tracker.begin(settings, corpus.digest, sizes, trainer.group.device)
+    if settings.train.init_from:
+        tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})
+    run = f"run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}"
+    print(f"minigpt: {trainer.describe()}; {run}")
 
 
 def write_results(result: TrainResult, tracker: Tracker, source: str) -> None:
