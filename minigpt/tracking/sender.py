@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from minigpt.errors import UserError
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.masking import mask_stderr
-from minigpt.tracking.store import describe_error, resolve_tracking_uri
+from minigpt.tracking.store import database_path, describe_error, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
 READY, ACCEPTED, SENT, FAILED = "ready", "accepted", "sent", "failed: "
@@ -96,8 +96,12 @@ def main() -> None:
         uploader = Uploader(resolve_tracking_uri(), accepted=lambda: answer(ACCEPTED))
     except UserError:  # the stage reports it too
         return
+    database = database_path(uploader.store.uri)
     with suppress(Exception):  # the first upload reports it
-        uploader.store.connect()
+        if database is None or database.exists():
+            uploader.store.connect()
+        else:  # a stage that refuses its params creates no database
+            import mlflow  # noqa: F401
     answer(READY)
     while True:
         journal = Journal(keys.get())
