@@ -40,7 +40,8 @@ def write_page(chosen: Sequence[Experiment], output: Path) -> None:
         raise UserError(f"--html: {output} is a folder; expected a file, such as {output / 'comparison.html'}")
     title = " and ".join(each.name for each in chosen)
     scripts = [html.FOLDER / "tools.js", html.FOLDER / "charts.js", FOLDER / "comparison.js"]
-    content = html.fill(FOLDER / "comparison.html", f"minigpt: {title}", facts(chosen), scripts)
+    styles = [FOLDER / "comparison.css"]
+    content = html.fill(FOLDER / "comparison.html", f"minigpt: {title}", facts(chosen), scripts, styles=styles)
     write_atomically(output, content)
 
 

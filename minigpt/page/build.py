@@ -1,4 +1,4 @@
-"""The page as one file: the template page.html with the facts, the weights, the style and the scripts in its slots."""
+"""The page as one file: page.html with the facts, the weights, the style and the scripts."""
 
 import base64
 import zlib
@@ -86,7 +86,7 @@ def render(facts: Facts, weights: Sequence[bytes]) -> bytes:
         for model, packed in zip(facts["models"], weights, strict=True)
     )
     title = f"minigpt: {facts['models'][0]['name']}"
-    return fill(FOLDER / "page.html", title, facts, [FOLDER / name for name in SCRIPTS], {"weights": elements})
+    return fill(FOLDER / "page.html", title, facts, [FOLDER / name for name in SCRIPTS], data=elements)
 
 
 def write_page(output: Path, facts: Facts, weights: Sequence[bytes]) -> int:

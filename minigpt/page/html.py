@@ -1,11 +1,11 @@
-"""Self-contained HTML files: a template with its data, style and scripts in its slots. Never imports torch."""
+"""Self-contained HTML files: templates with their data, styles and scripts. Never imports torch."""
 
 import base64
 import hashlib
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ def script_json(value: Any) -> str:
 
 
 def fill(
-    template: Path, title: str, facts: Any, scripts: Sequence[Path], slots: Mapping[str, str] | None = None
+    body: Path, title: str, facts: Any, scripts: Sequence[Path], *, styles: Sequence[Path] = (), data: str = ""
 ) -> bytes:
-    """Return a template as UTF-8, with the title, the facts, the style, the scripts and other ``slots`` filled in.
+    """Return a page as UTF-8: head.html and ``body``, with title, facts, styles and scripts in their slots.
 
-    The Content-Security-Policy of the page allows its own scripts, by their digests, and no request.
+    ``data`` are further elements of the head. The Content-Security-Policy of the page allows its own scripts, by their
+    digests, and no request.
     """
     sources = [script.read_text(encoding="utf-8") for script in scripts]
     digests = (base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources)
@@ -36,13 +37,14 @@ def fill(
         f"default-src 'none'; script-src {allowed}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    content = {
+    slots = {
         "policy": policy,
         "title": html.escape(title.replace("\0", "")),
         "facts": script_json(facts),
-        "style": (FOLDER / "style.css").read_text(encoding="utf-8"),
+        "data": data,
+        "style": "\n".join(style.read_text(encoding="utf-8") for style in (FOLDER / "style.css", *styles)),
         "scripts": "\n".join(f"<script>{source}</script>" for source in sources),
-        **(slots or {}),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: content[match[1]], template.read_text(encoding="utf-8"))
+    template = "".join(part.read_text(encoding="utf-8") for part in (FOLDER / "head.html", body))
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: slots[match[1]], template)
     return page.encode("utf-8", "replace")  # a file name, and so a title, can have lone surrogates
