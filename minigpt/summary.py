@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from minigpt import params
 from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
 from minigpt.evaluation.paired import STUDENT_95
-from minigpt.files import require_json
+from minigpt.files import read_run_key, require_json
+from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
@@ -73,7 +75,7 @@ def _summary(model: Path, results: Path) -> str:
   metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
   charts    dvc plots show
   runs      {"mlflow.db" if local else uri}
-"""
+{_run_ids(results / "train" / "run.json")}"""
 
 
 def _loss(label: str, metrics: dict[str, Any]) -> str:
@@ -103,6 +105,14 @@ def _by_file(path: Path) -> str:
         lines.append(f"and {len(rows) - len(shown):,} files with lower losses: {path}")
     label = f"  {'test ' if split == 'test' else ''}loss by file".ljust(len(LABEL))
     return label + f"\n{LABEL}".join(lines) + "\n"
+
+
+def _run_ids(record: Path) -> str:
+    """Return MLflow's IDs of the run that a file run.json names, as lines."""
+    ids = list[str]()
+    with suppress(OSError, ValueError):
+        ids = Journal(read_run_key(record)).mlflow_ids()
+    return "".join(f"  run ID    {name}\n" for name in ids)
 
 
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Comparison of experiments: their results, the paired difference of their losses, tables and a page.
 
 Never imports torch or MLflow, so that `minigpt compare` starts fast.
-May import: evaluation.character_losses, page.html, data, params, git, errors, files.
+May import: evaluation.character_losses, page.html, tracking.journal, data, params, git, errors,
+files.
 """

@@ -21,7 +21,9 @@ from typing import Any, Protocol
 from minigpt import params
 from minigpt.errors import UserError
 from minigpt.evaluation.character_losses import FILE, CharacterLosses
+from minigpt.files import is_run_key
 from minigpt.git import git
+from minigpt.tracking.journal import Journal
 
 RESULTS = PurePosixPath("results")
 Row = dict[str, Any]
@@ -168,17 +170,20 @@ def experiments() -> Iterator[Experiment]:
 
 
 def _is_run(experiment: Experiment, name: str) -> bool:
-    """Return whether an experiment has the MLflow run with this name or with this start of its key."""
+    """Return whether an experiment has the run with this name, or with this start of its key or of its MLflow ID."""
     run = experiment.run
-    begins = re.fullmatch("[0-9a-f]{6,32}", name) is not None and str(run.get("run", "")).startswith(name)
-    return begins or (bool(name) and run.get("name") == name)
+    key = str(run.get("run", ""))
+    if re.fullmatch("[0-9a-f]{6,32}", name):
+        ids = [key, *(Journal(key).mlflow_ids() if is_run_key(key) else [])]
+        return any(each.startswith(name) for each in ids)
+    return bool(name) and run.get("name") == name
 
 
 def find(name: str) -> Experiment:
     """Return the experiment that the user means: a folder, a DVC experiment, a git revision or a run, in this order.
 
     ``workspace`` is the folder in which the command runs. A run is named by its MLflow name, or by at least 6 digits of
-    its key.
+    its MLflow ID or key.
 
     Raises:
         UserError: there is none.

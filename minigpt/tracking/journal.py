@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minigpt.errors import UserError
-from minigpt.files import fsync, is_run_key, open_file, remove_unless_file, workspace
+from minigpt.files import fsync, is_run_key, open_file, read_json, remove_unless_file, workspace
 from minigpt.tracking.records import parse
 
 EXPERIMENT = "minigpt"  # default name of the MLflow experiment, overridden by MLFLOW_EXPERIMENT_NAME
@@ -143,6 +143,16 @@ class Journal:
             return
         with suppress(Timeout), FileLock(self.folder / "running.lock").acquire(blocking=False):
             self.status("KILLED")
+
+    def mlflow_ids(self) -> list[str]:
+        """Return the IDs of the run in MLflow, one for each store that has it."""
+        found = []
+        for path in sorted(self.folder.glob("sent-*.json")):
+            with suppress(OSError, ValueError):  # as in Progress, a damaged file counts as missing
+                content = read_json(path)
+                if isinstance(content, dict) and isinstance(content.get("run_id"), str):
+                    found.append(content["run_id"])
+        return found
 
     def flush(self) -> None:
         """Flush the journal to the disk, so that it survives a power cut."""

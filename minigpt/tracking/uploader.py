@@ -84,7 +84,8 @@ class Uploader:
             if run is None:
                 progress.save(0, 0)
             self._run_ids[journal.key] = run.info.run_id if run else self.store.create_run(journal)
-        run_id, pending = self._run_ids[journal.key], journal.since(progress.sent)
+        progress.run_id = run_id = self._run_ids[journal.key]
+        pending = journal.since(progress.sent)
         # A power cut must not remove records from the journal that the store already has.
         journal.flush()
         latest = {record["path"]: end for record, end in pending if record["kind"] == "artifact"}
@@ -113,13 +114,14 @@ class Uploader:
 
 
 class Offsets(BaseModel):
-    """Content of a progress file: positions in the journal, in bytes."""
+    """Content of a progress file: positions in the journal, in bytes, and the ID of the run in the store."""
 
     model_config = ConfigDict(strict=True)
 
     next: int = Field(ge=0)
     # Earlier versions wrote "doubtful" for "in_flight".
     in_flight: int = Field(ge=0, validation_alias=AliasChoices("in_flight", "doubtful"))
+    run_id: str = ""
 
 
 class Progress:
@@ -140,12 +142,14 @@ class Progress:
                 raise ValueError(f"no record ends at byte {read.next}")
         except ValueError:
             read = Offsets(next=0, in_flight=journal.size)
-        self.sent, self.in_flight = read.next, read.in_flight
+        self.sent, self.in_flight, self.run_id = read.next, read.in_flight, read.run_id
 
     def save(self, sent: int, in_flight: int) -> None:
         """Set both offsets and write the file."""
         self.sent, self.in_flight = sent, in_flight
         content = {"store": self._display_uri, "next": sent, "in_flight": in_flight}
+        if self.run_id:
+            content["run_id"] = self.run_id
         remove_unless_file(self._path)
         self._path.write_bytes(json.dumps(content).encode() + b"\n")
 

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "generation": EVALUATION,
     "training": {"generation", *EVALUATION},
     "page": {"evaluation", "export", "quantize", *MODEL},
-    "comparison": {"evaluation", "data", "page", "git", *BASE},
+    "comparison": {"evaluation", "data", "page", "tracking", "git", *BASE},
     "summary": {"comparison", "evaluation", "tracking", *BASE},
     "cli": {"profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},

@@ -1,9 +1,13 @@
 import pytest
 import yaml
 from helpers.experiments import results_folder, two_losses
+from helpers.tracking import find_run, write_run
 
 from minigpt.comparison.experiment import Experiment, Folder, find
 from minigpt.errors import UserError
+from minigpt.tracking.journal import Journal
+from minigpt.tracking.store import resolve_tracking_uri
+from minigpt.tracking.uploader import sync
 
 
 @pytest.fixture
@@ -48,3 +52,15 @@ def test_run_is_found_by_its_name_and_by_the_start_of_its_key(folder, monkeypatc
     assert find("run of first").run["run"] == find(key[:6]).run["run"] == key
     with pytest.raises(UserError, match="or run has this name"):
         find(key[:5])
+
+
+def test_run_is_found_by_its_id_in_mlflow(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MINIGPT_TRACKING", "local")
+    key = find("workspace").run["run"]
+    write_run(key, steps=2)
+    sync()
+    (name,) = Journal(key).mlflow_ids()
+    _, run = find_run(resolve_tracking_uri(), key)
+    assert name == run.info.run_id
+    assert find(name).run["run"] == find(name[:8]).run["run"] == key
