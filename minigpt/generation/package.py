@@ -13,10 +13,13 @@ from typing import Any
 
 import yaml
 
+from minigpt.files import require_json
 from minigpt.params import SamplingParams
 
 REQUIREMENTS = ["torch", "numpy", "pydantic", "safetensors", "tqdm", "filelock", "psutil"]
 """Packages that serving needs besides mlflow."""
+
+EXAMPLE = "input_example.json"
 
 
 def package(model: Path, target: Path) -> None:
@@ -28,6 +31,7 @@ def package(model: Path, target: Path) -> None:
     python = platform.python_version()
     shutil.copytree(model, target / "artifacts" / model.name)
     shutil.copy(serving, target)
+    _write_example(target, require_json(model / "tokenizer.json", "a vocabulary")["characters"][0])
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     shutil.copytree(library, target / "code" / library.name, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -56,6 +60,12 @@ def package(model: Path, target: Path) -> None:
         "model_size_bytes": size,
         "model_uuid": uuid.uuid4().hex,
         "prompts": None,
+        "saved_input_example_info": {
+            "artifact_path": EXAMPLE,
+            "pandas_orient": "split",
+            "serving_input_path": f"serving_{EXAMPLE}",
+            "type": "dataframe",
+        },
         "signature": signature(),
         "type_hint_from_example": False,
         "utc_time_created": str(datetime.now(timezone.utc).replace(tzinfo=None)),
@@ -73,6 +83,13 @@ def signature() -> dict[str, str]:
     prompts = [{"type": "string", "name": "prompt", "required": True}]
     parts = {"inputs": prompts, "outputs": [{"type": "string", "required": True}], "params": params}
     return {name: json.dumps(part) for name, part in parts.items()}
+
+
+def _write_example(target: Path, prompt: str) -> None:
+    """Write a prompt as the example that MLflow's pages show, and as the body of a request."""
+    rows = {"columns": ["prompt"], "data": [[prompt]]}
+    (target / EXAMPLE).write_text(json.dumps(rows), encoding="utf-8")
+    (target / f"serving_{EXAMPLE}").write_text(json.dumps({"dataframe_split": rows}, indent=2), encoding="utf-8")
 
 
 def _version(name: str) -> str:

@@ -79,6 +79,7 @@ def test_package_equals_that_of_mlflow(packaged, tmp_path):
         signature=ModelSignature(
             Schema([ColSpec(DataType.string, "prompt")]), Schema([ColSpec(DataType.string)]), ParamSchema(params)
         ),
+        input_example=pandas.DataFrame({"prompt": ["\n"]}),
     )
     assert contents(folder) == contents(tmp_path / "model")
 
