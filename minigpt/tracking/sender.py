@@ -24,7 +24,7 @@ READY, ACCEPTED, SENT, FAILED = "ready", "accepted", "sent", "failed: "
 
 
 class SendError(Exception):
-    """Failure of an upload in the other process. The message is that of :func:`describe_error`."""
+    """Failure of an upload in the other process. The message is that of :func:`minigpt.tracking.store.describe_error`."""
 
 
 class Sender:
@@ -91,7 +91,7 @@ def main() -> None:
         print(line, file=answers, flush=True)
 
     keys: SimpleQueue[str] = SimpleQueue()
-    threading.Thread(target=read_keys, args=(keys,), daemon=True).start()
+    threading.Thread(target=_read_keys, args=(keys,), daemon=True).start()
     try:
         uploader = Uploader(resolve_tracking_uri(), accepted=lambda: answer(ACCEPTED))
     except UserError:  # the stage reports it too
@@ -112,7 +112,7 @@ def main() -> None:
             answer(FAILED + " ".join(describe_error(error).split()))
 
 
-def read_keys(keys: SimpleQueue[str]) -> None:
+def _read_keys(keys: SimpleQueue[str]) -> None:
     """Put the keys that stdin has in the queue, and end the process with the last one."""
     for line in sys.stdin:
         keys.put(line.strip())
