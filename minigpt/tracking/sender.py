@@ -24,7 +24,7 @@ READY, ACCEPTED, SENT, FAILED = "ready", "accepted", "sent", "failed: "
 
 
 class SendError(Exception):
-    """Failure of an upload in the other process. The message is that of :func:`minigpt.tracking.store.describe_error`."""
+    """Failure of an upload in the other process, as :func:`minigpt.tracking.store.describe_error` describes it."""
 
 
 class Sender:
