@@ -112,7 +112,8 @@ def test_two_processes_train_bitwise_the_same_weights_as_one(train):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])  # the test above uses DDP
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_world_size_does_not_change_the_result(train, single, parallel, world_size):
     checkpointing = parallel == "fsdp"

@@ -107,6 +107,7 @@ def test_run_deleted_in_the_store_stays_deleted():
     assert not client.search_runs([run.info.experiment_id])
 
 
+@pytest.mark.slow
 def test_deleted_experiment_is_reported_and_other_runs_are_sent(server, logged_in, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     name, keys = f"of {uuid.uuid4().hex}", [uuid.uuid4().hex for _ in range(2)]
