@@ -114,7 +114,7 @@ def test_two_processes_train_bitwise_the_same_weights_as_one(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_world_size_does_not_change_the_result(train, single, parallel, world_size):
     checkpointing = parallel == "fsdp"
     result = train(f"{parallel}-{world_size}", world_size, parallel=parallel, activation_checkpointing=checkpointing)
