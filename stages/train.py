@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def begin(tracker: Tracker, trainer: Trainer, settings: params.Params) -> None:
-    """Record the start of a training, and print what is trained and where it is tracked."""
+    """Record the start of a training, and print its model and the store of its run."""
     from minigpt.training.initial import weights_digest
 
     corpus = trainer.corpus

@@ -21,8 +21,9 @@ def pytest_collection_modifyitems(items):
     """Start with the long files: one that starts last would keep one process busy and the other idle."""
 
     def rank(item):
-        integration = "integration" in item.path.parts
-        return LONG_FILES.index(item.path.stem) if integration and item.path.stem in LONG_FILES else 9 - integration
+        if "integration" not in item.path.parts:
+            return len(LONG_FILES) + 1
+        return LONG_FILES.index(item.path.stem) if item.path.stem in LONG_FILES else len(LONG_FILES)
 
     items.sort(key=rank)
 

@@ -3,7 +3,7 @@
 // several of a long text. A difference is the loss of the second experiment minus that of the first, in nats.
 
 const facts = JSON.parse($("facts").textContent);
-const WINDOW = 2500; // characters of the text that are shown at once
+const WINDOW = 2500; // characters of the text on the screen
 const FULL = 1.5; // nats: a character with this difference or more has the strongest shade
 const SHOWN = 14; // characters in the list of those that make the difference
 
@@ -90,10 +90,6 @@ class Pair {
 }
 
 const signed = (value, digits) => (value > 0 ? "+" : "−") + fixed(Math.abs(value), digits);
-
-function bar(kind, share) {
-  return el("span", { class: `bar ${kind}`, "--w": share.toFixed(4) });
-}
 
 // The validation text, one window at a time, shaded by which model predicts each character better.
 class Reader {

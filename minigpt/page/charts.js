@@ -2,6 +2,7 @@
 // Charts: lines over steps or positions, and bars to compare losses.
 
 const bits = (nats) => nats / Math.LN2;
+const bar = (kind, share) => el("span", { class: `bar ${kind}`, "aria-hidden": "true", "--w": share });
 
 // Return a chart of lines that is drawn again when its width changes. `describe()` returns {label, xName, yName,
 // series: [{name, points: [[x, y], ...]}], marker: x or null}.

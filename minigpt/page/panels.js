@@ -5,7 +5,6 @@ const LIKELIEST = 10; // candidates in a list
 const STRONGEST = 8; // units in a list
 
 const hint = (text) => el("p", { class: "muted small" }, text);
-const bar = (kind, share) => el("span", { class: `bar ${kind}`, "aria-hidden": "true", "--w": share });
 const visible = (text) => text.replaceAll("\n", "↵");
 
 // Return the likeliest candidates with two bars each: `before` and `after` are probabilities by id. `chosen` is the id

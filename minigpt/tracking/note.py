@@ -39,14 +39,16 @@ def _comparison(metrics: dict[str, Any]) -> str:
     best, ngram = min((loss, name) for name, loss in metrics["baselines"].items() if name != "characters")
     verdict = "better" if val["loss"] < best else "worse"
     # The validation loss chose the best step. The test loss did not, so it is the result.
-    first = f"**Test loss {_loss(metrics['test'])}.\n\n" if "test" in metrics else ""
+    first = f"{_loss('Test', metrics['test'])}.\n\n" if "test" in metrics else ""
     return (
-        f"{first}**Validation loss {_loss(val)}, "
+        f"{first}{_loss('Validation', val)}, "
         f"{abs(best - val['loss']):.4f} {verdict} than the best n-gram model, a {ngram} with {best:.4f}."
     )
 
 
-def _loss(metrics: dict[str, Any]) -> str:
-    """Return a loss with its error, the end of bold text, and the bits."""
+def _loss(split: str, metrics: dict[str, Any]) -> str:
+    """Return the loss of a split in bold, with its error, and in bits."""
     error = f" ± {metrics['standard_error']:.4f}" if "standard_error" in metrics else ""
-    return f"{metrics['loss']:.4f}{error} nats** ({metrics['bits_per_character']:.4f} bits per character)"
+    return (
+        f"**{split} loss {metrics['loss']:.4f}{error} nats** ({metrics['bits_per_character']:.4f} bits per character)"
+    )

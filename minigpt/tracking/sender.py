@@ -33,7 +33,7 @@ class Sender:
     def __init__(self) -> None:
         mask_stderr()
         command = [sys.executable, "-m", "minigpt.tracking.sender"]
-        # Ctrl-C reaches the whole group. The process inherits that it is blocked, because the stage has records left.
+        # Ctrl-C reaches the whole group, but the stage still has records to send: the process inherits these blocks.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -21,7 +21,7 @@ def initialize(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     as they were drawn.
 
     Raises:
-        UserError: the exported model is missing, damaged, or of another architecture.
+        UserError: the exported model is missing, damaged or of another architecture, or shares no character.
     """
     try:
         source, known = load_model(folder)

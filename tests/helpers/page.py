@@ -35,7 +35,7 @@ class Engine:
         return self.run("const cache = gpt.makeCache(); return ids.map((id) => gpt.forward(id, cache))", ids=ids)
 
     def write(self, characters, prompt, sampling):
-        """Return what the page writes after a prompt."""
+        """Return the text of the page after a prompt."""
         return self.run(
             """
             const writer = new Writer(gpt, characters, sampling), stop = new StopStrings(sampling.stop);

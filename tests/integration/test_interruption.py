@@ -16,7 +16,7 @@ def runs(folder):
 
 
 def train_after_a_kill(folder, moment):
-    """Kill a training once a condition is true, and train again. Return what the second training printed."""
+    """Kill a training once a condition is true, and train again. Return the output of the second training."""
     process = start_training(folder)
     assert wait_for(moment, process)
     os.kill(process.pid, signal.SIGKILL)

@@ -64,7 +64,7 @@ class Pipeline:
         return max(self.started, key=self.started.get, default=None) if alive else None
 
     def finish(self):
-        """Wait for the end, and return what was printed."""
+        """Wait for the end, and return the output."""
         self._reader.join(timeout=600)
         assert not self._reader.is_alive(), "the pipeline does not end:\n" + "".join(self.lines)
         self.process.wait()
