@@ -58,7 +58,7 @@ coverage: $(VENV)/installed-dev  ## run the fast tests, and print the branches t
 	coverage report
 
 torture: $(VENV)/installed-dev  ## run the fault tests at full length, and print their counts
-	TORTURE=full python -m pytest -s tests/integration/test_torture.py tests/integration/test_soak.py tests/integration/test_launcher.py tests/unit/training/test_checkpoint.py tests/unit/data tests/unit/tracking tests/unit/generation/test_serving.py
+	TORTURE=full python -m pytest -s tests/integration/test_torture.py tests/integration/test_soak.py tests/integration/test_launcher.py tests/integration/test_fuzz.py tests/integration/test_fuzz_tracking.py tests/integration/test_fuzz_serving.py tests/unit/training/test_checkpoint.py tests/unit/data tests/unit/tracking tests/unit/generation/test_serving.py
 
 bench: $(VENV)/installed-dev data/shakespeare.txt  ## compare the speed with other implementations
 	python -m benchmarks

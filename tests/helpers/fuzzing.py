@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from minigpt import errors
 
-CASES = 500
+CASES = 500 if os.environ.get("TORTURE") == "full" else 150
+"""Values of a strategy, at least."""
 CPU_SECONDS, WALL_SECONDS = 5, 60
 """Limits of one case. The limit of the elapsed time is for waiting, and generous because the machine may be busy."""
 MEMORY = 2 << 30

@@ -1,5 +1,6 @@
 """The command ``minigpt``, run as a program."""
 
+import io
 import os
 import pty
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,51 +55,62 @@ def exported(tmp_path_factory):
     return folder
 
 
-def write(exported, *arguments, **options):
-    options = {"stdin": subprocess.DEVNULL} | options
-    program = [sys.executable, "-m", "minigpt", "write", "--model", exported, "--dtype", "float32"]
-    program += ["--compile", "never", *arguments]
-    environment = ENVIRONMENT | {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
-    return subprocess.run(list(map(str, program)), cwd=ROOT, env=environment, capture_output=True, **options)
+@pytest.fixture
+def write(exported, monkeypatch, capsys):
+    """A function that runs ``minigpt write`` in this process, and returns what it printed and its exit status."""
+    monkeypatch.setenv("MINIGPT_CPU", "off")
+
+    def run(*arguments, stdin=b""):
+        program = ["minigpt", "write", "--model", exported, "--dtype", "float32", "--compile", "never", *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, program)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = 0
+        try:
+            cli.run()
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
-def test_write_prints_what_the_generator_returns(exported):
-    ran = write(exported, "ab", "--max-new-tokens", 50, "--seed", 5, "--temperature", 1.2, "--top-p", 0.9)
+def test_write_prints_what_the_generator_returns(exported, write):
+    ran = write("ab", "--max-new-tokens", 50, "--seed", 5, "--temperature", 1.2, "--top-p", 0.9)
     sampling = SamplingParams(max_new_tokens=50, seed=5, temperature=1.2, top_p=0.9)
     text = Generator(*export.load_model(exported)).generate("ab", sampling)[0]
-    assert ran.stdout.decode().removesuffix("\n") == text.removesuffix("\n")
+    assert ran.stdout.removesuffix("\n") == text.removesuffix("\n")
     assert ran.returncode == 0
     assert not ran.stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_compiled_write_prints_what_the_compiled_generator_returns(exported):
+def test_compiled_write_prints_what_the_compiled_generator_returns(exported, write):
     arguments = ("ab", "--max-new-tokens", 50, "--seed", 5)
-    compiled = write(exported, *arguments, "--compile", "always")
+    compiled = write(*arguments, "--compile", "always")
     assert compiled.returncode == 0, compiled.stderr
-    assert write(exported, *arguments, "--compile", "auto").stdout == compiled.stdout
+    assert write(*arguments, "--compile", "auto").stdout == compiled.stdout
     generator = Generator(*export.load_model(exported), compile="always")
     text = generator.generate("ab", SamplingParams(max_new_tokens=50, seed=5))[0]
-    assert compiled.stdout.decode().removesuffix("\n") == text.removesuffix("\n")
+    assert compiled.stdout.removesuffix("\n") == text.removesuffix("\n")
 
 
-def test_write_reads_the_prompt_from_a_pipe(exported):
+def test_write_reads_the_prompt_from_a_pipe(write):
     arguments = ("--max-new-tokens", 30, "--seed", 5)
-    options = {"stdin": None, "input": b"ab\n"}
-    assert write(exported, *arguments, **options).stdout == write(exported, "ab\n", *arguments).stdout
-    assert write(exported, *arguments).stdout == write(exported, "\n", *arguments).stdout
+    assert write(*arguments, stdin=b"ab\n").stdout == write("ab\n", *arguments).stdout
+    assert write(*arguments).stdout == write("\n", *arguments).stdout
 
 
-def test_stop_can_be_given_several_times(exported):
+def test_stop_can_be_given_several_times(write):
     arguments = ("ab", "--max-new-tokens", 200, "--seed", 5)
-    text = write(exported, *arguments).stdout.decode()
-    stopped = write(exported, *arguments, "--stop", "no such text", "--stop", text[20:23]).stdout.decode()
+    text = write(*arguments).stdout
+    stopped = write(*arguments, "--stop", "no such text", "--stop", text[20:23]).stdout
     end = text.index(text[20:23], 2)
     assert stopped.removesuffix("\n") == text[:end].removesuffix("\n")
 
 
-def test_write_without_a_seed_differs_each_time(exported):
-    assert write(exported, "ab").stdout != write(exported, "ab").stdout
+def test_write_without_a_seed_differs_each_time(write):
+    assert write("ab").stdout != write("ab").stdout
 
 
 def test_random_seed_is_printed_in_a_terminal_and_repeats_the_text(exported):
@@ -112,15 +125,15 @@ def test_random_seed_is_printed_in_a_terminal_and_repeats_the_text(exported):
     assert (again.stdout, again.stderr) == (ran.stdout, b"")
 
 
-def test_unknown_character_is_named_and_can_be_skipped(exported):
-    ran = write(exported, "ab€c")
+def test_unknown_character_is_named_and_can_be_skipped(write):
+    ran = write("ab€c")
     message = "the prompt: character 3, '€' (U+20AC EURO SIGN), does not occur in the training text"
-    assert ran.stderr.decode() == f"minigpt: {message}; use --skip-unknown to drop such characters\n"
-    assert (ran.returncode, ran.stdout) == (1, b"")
+    assert ran.stderr == f"minigpt: {message}; use --skip-unknown to drop such characters\n"
+    assert (ran.returncode, ran.stdout) == (1, "")
     arguments = ("--max-new-tokens", 20, "--seed", 1)
-    skipped = write(exported, "ab€c", "--skip-unknown", *arguments)
-    assert skipped.stdout == write(exported, "abc", *arguments).stdout
-    assert skipped.stderr.decode() == "minigpt: dropped from the prompt: '€' (U+20AC EURO SIGN)\n"
+    skipped = write("ab€c", "--skip-unknown", *arguments)
+    assert skipped.stdout == write("abc", *arguments).stdout
+    assert skipped.stderr == "minigpt: dropped from the prompt: '€' (U+20AC EURO SIGN)\n"
 
 
 @pytest.mark.parametrize(
@@ -153,35 +166,30 @@ def test_unknown_character_is_named_and_can_be_skipped(exported):
         (["--seed"], "option '--seed' requires an argument"),
     ],
 )
-def test_wrong_option_is_one_line(exported, arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["minigpt", "write", "ab", "--model", str(exported), *arguments])
-    monkeypatch.setenv("MINIGPT_CPU", "off")
-    with pytest.raises(SystemExit) as stop:
-        cli.run()
-    (line,) = capsys.readouterr().err.splitlines()
+def test_wrong_option_is_one_line(write, arguments, message):
+    ran = write("ab", *arguments)
+    (line,) = ran.stderr.splitlines()
     assert line.startswith(f"minigpt: {message}")
-    assert stop.value.code == 1
+    assert ran.returncode == 1
 
 
-def test_all_wrong_options_are_reported_together(exported):
-    ran = write(exported, "ab", "--top-p", "2", "--top-k", "-1")
+def test_all_wrong_options_are_reported_together(write):
+    ran = write("ab", "--top-p", "2", "--top-k", "-1")
     lines = ["minigpt: 2 mistakes", "  --top-k: must be at least 0, got -1", "  --top-p: must be at most 1, got 2"]
-    assert ran.stderr.decode().splitlines() == lines
+    assert ran.stderr.splitlines() == lines
 
 
-def test_wrong_option_and_wrong_param_have_the_same_message(exported, workspace):
+def test_wrong_option_and_wrong_param_have_the_same_message(write, workspace):
     set_params(workspace, {"sample": {"top_p": 2}})
     in_file = minigpt("check", cwd=workspace).stderr
     assert in_file == "minigpt: params.yaml: sample.top_p: must be at most 1, got 2\n"
-    assert write(exported, "ab", "--top-p", "2").stderr.decode() == in_file.replace(
-        "params.yaml: sample.top_p", "--top-p"
-    )
+    assert write("ab", "--top-p", "2").stderr == in_file.replace("params.yaml: sample.top_p", "--top-p")
 
 
 def test_write_streams_and_stops_quietly_on_ctrl_c(exported):
     ours, theirs = pty.openpty()
     program = [sys.executable, "-m", "minigpt", "write", "ab", "--model", str(exported)]
-    program += ["--max-new-tokens", "100000000"]
+    program += ["--max-new-tokens", "100000000", "--compile", "never"]
     with subprocess.Popen(program, cwd=ROOT, env=ENVIRONMENT, stdout=theirs, stderr=subprocess.PIPE) as running:
         os.close(theirs)
         shown = b""
@@ -200,8 +208,9 @@ def test_write_streams_and_stops_quietly_on_ctrl_c(exported):
 
 
 def test_write_stops_quietly_when_the_pipe_is_closed(exported):
-    pipe = f"{sys.executable} -m minigpt write ab --model {exported} --max-new-tokens 100000 | head -c 20"
-    shell = ["bash", "-c", pipe + "; exit ${PIPESTATUS[0]}"]
+    program = f"{sys.executable} -m minigpt write --model {exported} --max-new-tokens 100000 --compile never"
+    pipe = f"echo ab | {program} | head -c 20"
+    shell = ["bash", "-c", pipe + "; exit ${PIPESTATUS[1]}"]
     ran = subprocess.run(shell, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
     assert (ran.returncode, len(ran.stdout), ran.stderr) == (128 + signal.SIGPIPE, 20, b"")
 

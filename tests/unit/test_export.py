@@ -205,11 +205,11 @@ def test_tampered_model_is_one_line_without_large_memory(exported, tamper, messa
     assert "\n" not in text or "mistakes" in text
 
 
-@pytest.mark.parametrize("number", [0, 16, -4])
-def test_command_reports_a_tampered_model(exported, number):
+def test_command_reports_a_tampered_model(exported):
     _, folder = exported
-    TAMPERED[number][0](folder)
+    tamper, message = TAMPERED[16]
+    tamper(folder)
     ran = python("-m", "minigpt", "write", "a", "--model", folder, cwd=ROOT)
     (line,) = ran.stderr.splitlines()
-    assert re.match(f"minigpt: {re.escape(str(folder))}/.*{TAMPERED[number][1]}", line)
+    assert re.match(f"minigpt: {re.escape(str(folder))}/.*{message}", line)
     assert (ran.returncode, ran.stdout) == (1, "")

@@ -85,8 +85,7 @@ def test_text_equals_that_of_the_generator(architecture, overflow, prompt):
     assert prompt + Engine(gpt).write(CHARACTERS, prompt, sampling) == expected
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("seed, sampling", enumerate(SAMPLINGS), ids=str)
 def test_a_text_of_1000_characters_equals_that_of_the_generator(seed, sampling):
     gpt = build().eval()
     sampling = SamplingParams(**{"temperature": 1.5, "max_new_tokens": 1000, "seed": seed} | sampling)
