@@ -16,9 +16,10 @@ import psutil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.workspace import FULL
 from minigpt import errors
 
-CASES = 500 if os.environ.get("TORTURE") == "full" else 150
+CASES = 500 if FULL else 150
 """Values of a strategy, at least."""
 CPU_SECONDS, WALL_SECONDS = 5, 60
 """Limits of one case. The limit of the elapsed time is for waiting, and generous because the machine may be busy."""

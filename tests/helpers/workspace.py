@@ -19,6 +19,9 @@ SHAKESPEARE = next(
     ),
     None,
 )
+FULL = os.environ.get("TORTURE") == "full"
+"""Whether fault tests try all variants, as `make torture` does, or those that differ most."""
+
 SMALL = {
     "model": {"n_layer": 2, "n_head": 2, "head_size": 8, "n_embd": 20, "block_size": 16},
     "train": {

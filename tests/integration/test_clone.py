@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from helpers.workspace import command, make_repository, set_params
+from helpers.workspace import FULL, command, make_repository, set_params
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +50,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("stage", CHANGES)
-@pytest.mark.parametrize("first", [True, False], ids=["new journal", "journal of another stage"])
+ORDERS = [("evaluate", True), ("sample", False), *([("sample", True), ("evaluate", False)] if FULL else [])]
+"""Stages, and whether each is the first that adds to the journal in the clone."""
+
+
+@pytest.mark.parametrize("stage, first", ORDERS)
 def test_stage_runs_alone_after_a_pull(clone, tmp_path, stage, first):
     folder = tmp_path / "work"
     shutil.copytree(clone, folder, symlinks=True)

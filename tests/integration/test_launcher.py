@@ -10,9 +10,8 @@ import time
 import psutil
 import pytest
 from helpers.trainings import LONG, prepare, saved_checkpoints, start, trained_result, wait_for
-from helpers.workspace import make_repository, python, set_params
+from helpers.workspace import FULL, make_repository, python, set_params
 
-FULL = os.environ.get("TORTURE") == "full"
 TWO_PROCESSES = {"train": LONG["train"] | {"processes": 2, "grad_accum": 2, "dtype": "float32"}}
 SINGLE_PROCESS = {"train": TWO_PROCESSES["train"] | {"processes": 1}}
 BROKEN_STAGE = """
@@ -65,7 +64,9 @@ def run(folder, *program, **variables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{}, {"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}])
+@pytest.mark.parametrize(
+    "variables", [{}, *([{"MINIGPT_LAUNCH": "torchrun --standalone --nproc-per-node 2"}] if FULL else [])]
+)
 def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, project_files, expected, variables):
     repository = make_repository(
         tmp_path / "repository", project_files, LONG, SINGLE_PROCESS if variables else TWO_PROCESSES
@@ -105,9 +106,12 @@ def test_error_in_all_processes_is_reported_once(folder):
     assert "Traceback" not in printed
 
 
+VICTIMS = [("stages.train", 1), ("torchrun", 0), *([("stages.train", 0), ("torchrun", 1)] if FULL else [])]
+"""Programs, and the ranks that are killed."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("program", ["stages.train", "torchrun"])
+@pytest.mark.parametrize("program, rank", VICTIMS)
 def test_job_restarts_after_a_process_is_killed(tmp_path, project_files, expected, program, rank):
     torchrun = ("torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "stages.train")
     for trial in range(5 if FULL else 1):
@@ -140,8 +144,11 @@ def test_killed_job_of_two_processes_resumes_in_one_process(folder, expected):
     assert trained_result(folder) == expected
 
 
+STOPS = ["SIGINT to all", "SIGKILL to the launcher", *(["SIGTERM to the launcher"] if FULL else [])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGINT to all", "SIGTERM to the launcher", "SIGKILL to the launcher"])
+@pytest.mark.parametrize("how", STOPS)
 def test_stopped_job_saves_and_resumes_in_one_process(folder, expected, how):
     process = start(sys.executable, "-m", "stages.train", cwd=folder)
     assert wait_for(lambda: saved_checkpoints(folder), process), process.communicate()[0]

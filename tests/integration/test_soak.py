@@ -16,10 +16,10 @@ import time
 
 import pytest
 from helpers.trainings import LONG, environment
-from helpers.workspace import command, make_repository
+from helpers.workspace import FULL, command, make_repository
 from mlflow import MlflowClient
 
-KILLS = 100 if os.environ.get("TORTURE") == "full" else 4
+KILLS = 100 if FULL else 4
 STAGES = ("prepare", "train", "evaluate", "sample")
 MEASURED = {"train_seconds", "chars_per_second", "model_gflops"}
 """Metrics of a training that depend on the machine's speed."""

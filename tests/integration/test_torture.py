@@ -13,10 +13,8 @@ import time
 
 import pytest
 from helpers.trainings import LONG, prepare, saved_checkpoints, start, start_training, trained_result, wait_for
-from helpers.workspace import ROOT, SMALL, command, make_repository, overlay, set_params
+from helpers.workspace import FULL, ROOT, SMALL, command, make_repository, overlay, set_params
 from mlflow import MlflowClient
-
-FULL = os.environ.get("TORTURE") == "full"
 
 
 @pytest.fixture(scope="module")

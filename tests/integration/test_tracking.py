@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import time
 
@@ -11,13 +10,11 @@ import psutil
 import pytest
 from helpers.servers import TOKEN, Proxy, free_port
 from helpers.tracking import check_store
-from helpers.workspace import command, make_repository, make_workspace, python, set_params
+from helpers.workspace import FULL, command, make_repository, make_workspace, python, set_params
 from mlflow import MlflowClient
 
 from minigpt.params import flatten, load
 from minigpt.tracking import store
-
-FULL = os.environ.get("TORTURE") == "full"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-import os
-
 import numpy as np
 import pytest
+from helpers.workspace import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,7 @@ def tokenizer_of(text):
     return Tokenizer.from_seen(seen)
 
 
-@settings(max_examples=10_000 if os.environ.get("TORTURE") == "full" else 500, deadline=None)
+@settings(max_examples=10_000 if FULL else 500, deadline=None)
 @given(st.text(min_size=1))
 def test_any_text_round_trips(text):
     tokenizer = tokenizer_of(text)

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import uuid
@@ -12,7 +11,7 @@ import torch
 import yaml
 from helpers.models import export_small
 from helpers.servers import TOKEN, free_port, process
-from helpers.workspace import ROOT
+from helpers.workspace import FULL, ROOT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -23,8 +22,6 @@ from minigpt.generation.package import REQUIREMENTS, package
 from minigpt.params import SamplingParams
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.uploader import Uploader
-
-FULL = os.environ.get("TORTURE") == "full"
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def test_dvc_and_mlflow_work_over_http(tmp_path, repository, current_server, log
 
 @pytest.mark.slow
 def test_dvc_uses_s3_if_its_plugin_is_installed(tmp_path, repository, current_server):
-    interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"))
+    interpreter = environment("dvc-s3", "moto[server]", "--constraint", str(ROOT / "constraints.txt"), extends=True)
     asked = subprocess.run(
         [interpreter, "-c", "import json, site; print(json.dumps(site.getsitepackages()))"], capture_output=True
     )

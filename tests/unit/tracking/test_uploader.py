@@ -13,7 +13,7 @@ import pytest
 import requests
 from helpers.servers import MLFLOW_2_7_1, TOKEN, Proxy, environment, mlflow_server
 from helpers.tracking import SEND, SYNC, check_store, find_run, list_artifacts, write_run
-from helpers.workspace import ROOT
+from helpers.workspace import FULL, ROOT
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -22,8 +22,6 @@ from minigpt.tracking import store, uploader
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import Store, describe_error
 from minigpt.tracking.uploader import Uploader
-
-FULL = os.environ.get("TORTURE") == "full"
 
 
 def test_repeated_sends_deliver_each_record_once():

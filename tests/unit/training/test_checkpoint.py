@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers.workspace import ROOT, params_with
+from helpers.workspace import FULL, ROOT, params_with
 
 from minigpt.errors import UserError
 from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState, fingerprint
@@ -56,7 +56,7 @@ def test_damaged_checkpoint_is_skipped_and_named(checkpoints, name, damage):
     path = checkpoints.folder / "step-000007" / name
     data = path.read_bytes()
     positions = [0] if damage == "remove" else range(len(data.rstrip()))
-    positions = positions if os.environ.get("TORTURE") == "full" else positions[:: max(1, len(positions) // 20)]
+    positions = positions if FULL else positions[:: max(1, len(positions) // 20)]
     for position in positions:
         if damage == "remove":
             path.unlink()
