@@ -265,25 +265,25 @@ def test_sampled_training_split_has_a_sampling_error(copy):
 def test_experiment_is_a_row_in_dvc_and_a_run_in_mlflow(copy):
     for arguments in (("add", "dvc.lock"), ("commit", "--quiet", "--message", "First run")):
         assert command("git", *arguments, cwd=copy).returncode == 0
-    ran = command("dvc", "exp", "run", "--name", "wider", "-S", "model.n_embd=512", cwd=copy)
+    ran = command("dvc", "exp", "run", "--name", "wider", "-S", "model.n_embd=24", cwd=copy)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert stages_run(ran.stdout + ran.stderr) == ["train", "evaluate", "sample"]
-    assert "  changed params    n_embd=512 (compared with the last commit)\n" in ran.stdout
+    assert "  changed params    n_embd=24 (compared with the last commit)\n" in ran.stdout
     shown = command("dvc", "exp", "show", "--csv", "--no-pager", cwd=copy).stdout
     rows = {row["Experiment"]: row for row in csv.DictReader(shown.splitlines())}
-    assert rows["wider"]["model.n_embd"] == "512"
+    assert rows["wider"]["model.n_embd"] == "24"
     assert float(rows["wider"]["val_loss"]) > 0
     _, found = runs(copy)
     assert len(found) == 2
-    assert found[0].info.run_name == "songs 2x512 muon (wider)"
-    assert found[0].data.params["model.n_embd"] == "512"
+    assert found[0].info.run_name == "songs 2x24 muon (wider)"
+    assert found[0].data.params["model.n_embd"] == "24"
     assert found[0].data.tags["dvc.experiment"] == "wider"
     listed = python("-m", "minigpt", "compare", cwd=copy).stdout.splitlines()
     branch = command("git", "symbolic-ref", "--short", "HEAD", cwd=copy).stdout.strip()
     assert {line.split()[0] for line in listed[1:3]} == {"wider*", branch}
     assert max(map(len, listed)) <= 100
     compared = python("-m", "minigpt", "compare", "HEAD", "wider", cwd=copy)
-    assert re.search(r"^model.n_embd +20 +512$", compared.stdout, re.MULTILINE), compared.stderr
+    assert re.search(r"^model.n_embd +20 +24$", compared.stdout, re.MULTILINE), compared.stderr
     assert re.search(r"\n(HEAD|wider) is better than (HEAD|wider) by \d\.\d{4} ± 0\.\d{4} nats\n", compared.stdout)
     assert python("-m", "minigpt", "compare", "widr", cwd=copy).stderr.endswith("; did you mean wider?\n")
 
