@@ -98,8 +98,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Return softmax(q kᵀ / sqrt(S)) v over the visible positions (Vaswani et al. 2017).
 
-    The scores are divided by sqrt(S) since the product of two random vectors of S channels grows like sqrt(S): without
-    it, softmax would put nearly all its weight on one position, and its gradient would vanish.
+    The product of two random vectors of S channels has a standard deviation of sqrt(S). Without the division, softmax
+    would put nearly all its weight on one position, and its gradient would vanish.
 
     Queries, keys, values and the result are (B, H, T, S). Each position attends to the last ``window`` positions,
     itself included; 0: to itself and all before it.
