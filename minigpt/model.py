@@ -1,4 +1,4 @@
-"""The GPT: a decoder-only transformer over characters, in one file that reads top to bottom.
+"""The GPT: a decoder-only transformer over characters. Its attention and causal mask are in ops.py.
 
 Shapes in comments: B sequences, T characters, C = n_embd, H heads of S = head_size channels, V = vocab_size.
 
