@@ -1,4 +1,4 @@
-"""Training loop. The result is a function of params and corpus alone, however often it is interrupted."""
+"""Training loop. On the same device, the result depends on params and corpus alone, however often it is interrupted."""
 
 import hashlib
 import math

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from helpers.workspace import params_with
+from minigpt.choices import ACTIVATIONS
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.export import export
 from minigpt.model import GPT
@@ -12,7 +13,7 @@ from minigpt.model import GPT
 SWITCHES = {
     "positions": ["learned", "rotary"],
     "attention_window": [1, 5, 8, 16],
-    "activation": ["relu", "relu2", "gelu", "swiglu"],
+    "activation": list(ACTIVATIONS),
     "norm_affine": [True, False],
     "qk_norm": [True, False],
     "embd_conv": [1, 4],

@@ -7,6 +7,7 @@ from helpers.models import build, variants
 from helpers.workspace import ROOT, params_with
 
 from minigpt import ops
+from minigpt.choices import ACTIVATIONS
 from minigpt.model import GPT, rotary_angles, weight_shapes
 from minigpt.profiles import load_profile
 
@@ -101,7 +102,7 @@ def test_zero_init_makes_all_characters_equally_likely():
     assert loss.item() == pytest.approx(math.log(11))
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2", "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_equal_finite_differences(activation):
     gpt = build(n_layer=1, n_embd=6, head_size=4, block_size=4, activation=activation).double().eval()
     ids = torch.randint(11, (2, 4))

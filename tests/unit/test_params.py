@@ -44,10 +44,7 @@ def test_reference_is_the_published_system():
         ({"model": {"n_layer": 0}}, "model.n_layer: must be at least 1, got 0"),
         ({"model": {"n_layers": 2}}, "model.n_layers: unknown key; did you mean n_layer?"),
         ({"model": {"head_size": 7}}, "model.positions: rotary positions rotate pairs of channels"),
-        (
-            {"model": {"activation": "tanh"}},
-            "model.activation: expected 'relu', 'relu2', 'gelu' or 'swiglu', got 'tanh'",
-        ),
+        ({"model": {"activation": "no"}}, "model.activation: expected 'relu', 'relu2', 'gelu'"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: expected a finite number, got nan"),
         ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'mps', 'cuda'"),
         ({"train": {"grad_accum": 5}}, "train.grad_accum: must divide batch_size"),
