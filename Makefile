@@ -2,7 +2,7 @@
 # make help       list the targets
 
 .DEFAULT_GOAL := all
-.PHONY: all help setup test test-slow test-all coverage torture bench lint format docs shakespeare page ui sync dagshub clean
+.PHONY: all help setup test test-slow test-all coverage torture bench bench-gpu lint format docs shakespeare page ui sync dagshub clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,6 +62,9 @@ torture: $(VENV)/installed-dev  ## run the fault tests at full length, and print
 
 bench: $(VENV)/installed-dev data/shakespeare.txt  ## compare the speed with other implementations
 	python -m benchmarks
+
+bench-gpu: $(VENV)/installed-dev data/shakespeare.txt  ## measure a GPU in nine minutes; a CPU in a small form
+	python -m benchmarks.gpu
 
 lint: $(VENV)/installed-dev  ## run the linter, the format check and the type checker
 	ruff check .

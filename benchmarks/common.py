@@ -107,7 +107,7 @@ def trainer(params: Params, corpus: Corpus, observer: Any = None, kind: type[Tra
     from minigpt.training.checkpoint import Checkpoints
     from minigpt.training.trainer import Trainer
 
-    os.environ |= {"MINIGPT_CHECKPOINT_SECONDS": "inf", "MINIGPT_CHECKPOINT_STEPS": str(10**9)}
+    os.environ |= {"MINIGPT_CHECKPOINT_SECONDS": str(10**9), "MINIGPT_CHECKPOINT_STEPS": str(10**9)}
     group = ProcessGroup(0, 1, corpus.train.tokens.device)
     return (kind or Trainer)(params, corpus, group, observer, Checkpoints(Path(), "benchmark"))
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 from importlib.metadata import version
 
@@ -7,7 +8,7 @@ from helpers.pictures import pixels, texts
 from helpers.workspace import ROOT, python
 from PIL import Image
 
-from benchmarks import peers
+from benchmarks import gpu, peers
 from benchmarks.__main__ import draw, middle, rows
 from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS
@@ -81,3 +82,25 @@ def test_nanogpt_learning_rate_matches_its_documentation():
     assert rate(100) == pytest.approx(1e-3)
     assert rate(1050) == pytest.approx(5.5e-4)
     assert rate(2000) == rate(5000) == pytest.approx(1e-4)
+
+
+@pytest.mark.slow
+def test_measures_of_a_gpu_run_on_a_cpu_in_a_small_form(tmp_path):
+    arguments = ["--device", "cpu", "--text", "data/drama.txt", "--results", tmp_path]
+    ran = python("-m", "benchmarks.gpu", *arguments, cwd=ROOT, MINIGPT_CPU="off")
+    assert ran.returncode == 0, ran.stderr
+    (written,) = tmp_path.glob("*.json")
+    measures = json.loads(written.read_text())["measures"]
+    assert set(measures) == set(gpu.MEASURES)
+    assert not {name: found["missing"] for name, found in measures.items() if "missing" in found}
+    exact = [value for name, value in measures["numerics"].items() if "float32" in name]
+    assert 0 < max(exact) < 1e-5
+    assert measures["DDP of one process"]["bitwise equal"] == measures["writing 1 text"]["as on the CPU"] == 1
+    table = written.with_suffix(".md").read_text()
+    assert "| numerics | recipe, float32, logits |" in table
+
+
+def test_measure_that_fails_is_reported_and_does_not_stop_the_others(tmp_path):
+    options = argparse.Namespace(device="no-device", text=tmp_path / "missing.txt")
+    assert "no-device" in gpu.run_measure("numerics", options, 60)["missing"]
+    assert gpu.run_measure("numerics", options, 0.1)["missing"] == "not finished in the 0 s that were left"
