@@ -149,7 +149,8 @@ NEXT_STEPS = """
   Next steps
 
     source .venv/bin/activate
-    git add dvc.lock && git commit -m "First run"     the baseline
+    git add dvc.lock params.yaml                      commit the baseline:
+    git commit -m "First run"
     dvc exp run --temp -S model.n_embd=512            train a wider model
     minigpt compare                                   compare the experiments
     make ui                                           show the curves

@@ -29,7 +29,7 @@ function showResults() {
 // Without the evaluation before the training, which would flatten the rest.
 function showCurves() {
   const known = facts.histories.map((rows) => rows.filter((row) => row.step > 0));
-  if (!known.some((rows) => rows.length > 1)) return $("curves").append("The results have no history.");
+  if (!known.some((rows) => rows.length > 1)) return $("curves").append("No training has two evaluations after step 0, so there is no curve.");
   const series = known.map((rows) => ({ points: rows.map((row) => [row.step, row.val_loss]) }));
   const label = "Validation loss at each evaluation of " + facts.names.join(" and ");
   const chart = lineChart(() => ({ label, xName: "step", yName: "nats per character", series }));
