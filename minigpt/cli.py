@@ -292,9 +292,9 @@ def summary() -> None:
 def compare(experiments: tuple[str, ...], seeds: bool, html: Path | None) -> None:
     """Compare the params and losses of EXPERIMENTS.
 
-    Each is a DVC experiment, a git revision, a folder with a workspace, or `workspace`. The difference of two losses
-    is paired: both models score the same characters. Without EXPERIMENTS, the command lists those of this workspace,
-    the best first.
+    Each is a DVC experiment, a git revision, a folder with a workspace, `workspace`, or a run: its name, or at least
+    six digits of its ID in MLflow. The difference of two losses is paired: both models score the same characters.
+    Without EXPERIMENTS, the command lists those of this workspace, the best first.
 
     \b
     minigpt compare

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 import textwrap
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 from minigpt import params
 from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
-from minigpt.evaluation.paired import STUDENT_95
+from minigpt.evaluation.paired import Estimate
 from minigpt.files import read_run_key, require_json
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
@@ -116,21 +117,24 @@ def _run_ids(record: Path) -> str:
 
 
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    """Return the comparison with the best n-gram model, signs of overfitting, and the size of luck, as lines."""
+    """Return the comparison with the best n-gram model, and signs of overfitting, as lines."""
     val, baselines = evaluation["val"], evaluation["baselines"]
     loss, name = min((loss, name) for name, loss in baselines.items() if name != "characters")
     versus = evaluation.get("versus_ngram", {"difference": val["loss"] - loss})  # older results have none
-    size, error = abs(versus["difference"]), versus.get("standard_error")
-    if error and size < STUDENT_95 * error:
+    estimate = Estimate(versus["difference"], versus.get("standard_error") or math.nan)
+    known = not math.isnan(estimate.standard_error)
+    if known and not estimate.significant:
         sentences = [f"no better and no worse than the best n-gram model ({name}: {loss:.4f} nats)"]
     else:
-        comparison = "better" if versus["difference"] < 0 else "WORSE"
-        margin = f" ± {error:.4f}" if error else ""
-        sentences = [f"{comparison} than the best n-gram model ({name}: {loss:.4f}) by {size:.4f}{margin} nats"]
+        size = abs(estimate.value)
+        comparison = "better" if estimate.value < 0 else "WORSE"
+        sentences = [f"{comparison} than the best n-gram model ({name}: {loss:.4f}) by {size:.4f} nats"]
+        if known:
+            sentences[0] += f", 95 % interval {size - estimate.margin:.4f} to {size + estimate.margin:.4f}"
     if since := train.get("overfitting_since"):
         sentences.append(f"overfitting since step {since:,}: more training does not help")
-    if error:
-        sentences.append(f"differences under {STUDENT_95 * error:.2g} nats from other trainings may be luck")
+    if known:
+        sentences.append("`minigpt compare` shows whether a difference from another training may be luck")
     return _labelled("verdict", "; ".join(sentences))
 
 

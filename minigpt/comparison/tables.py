@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -23,8 +24,9 @@ MAX_PAIRS = 10
 """Pairs that are compared with each other; of more, only those with the best experiment."""
 
 SEED = "train.seed"
-MEANING = "After ±: standard error, for text like the validation split. Verdicts have 95 % confidence."
-ABOUT_MODELS = "They are about these trained models; --seeds shows how much the seed alone changes a loss."
+MEANING = "After ±: standard error, for text like the validation split."
+ABOUT_MODELS = "Verdicts are about these trained models; --seeds shows how much the seed alone changes a loss."
+OTHER_TEXT = "other text"
 
 
 def overview(seeds: bool = False) -> str:
@@ -49,7 +51,9 @@ def overview(seeds: bool = False) -> str:
             _count(train.get("parameters")), duration(train.get("train_seconds")),
             changes(reference, each.params),
         ])  # fmt: skip
-    notes = [MEANING, '"=" before a difference: it may be luck.']
+    notes = [MEANING, '"=" before a difference: its 95 % interval includes 0, so it may be luck.']
+    if any(OTHER_TEXT in row for row in table):
+        notes.append(f"{OTHER_TEXT}: the validation texts differ, so the losses cannot be compared.")
     if any(row[0].endswith("*") for row in table):
         notes.append("* has the results in the workspace.")
     if tested:
@@ -58,16 +62,18 @@ def overview(seeds: bool = False) -> str:
 
 
 def _known() -> list[Experiment]:
-    """Return the experiments, the current commit and the workspace; each result once, under its best-known name."""
-    candidates = list(experiments())
+    """Return the current commit, the experiments and the workspace; each result once, with all its names."""
+    candidates = [*experiments(), Experiment("workspace", Folder(Path()))]
     if commit := git("rev-parse", "--verify", "--quiet", "HEAD"):
         branch = git("symbolic-ref", "--short", "--quiet", "HEAD") or commit[:7]
-        candidates.append(Experiment(branch, Revision(commit)))
-    candidates.append(Experiment("workspace", Folder(Path())))
+        candidates.insert(0, Experiment(branch, Revision(commit)))
     found: dict[Any, Experiment] = {}
     for each in candidates:
-        if each.val_loss is not None:
-            found.setdefault(_identity(each), each)
+        if each.val_loss is None:
+            continue
+        first = found.setdefault(_identity(each), each)
+        if first is not each and each.name != "workspace":
+            first.name += f", {each.name}"
     return list(found.values())
 
 
@@ -95,7 +101,8 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
         return seed_table(group_by_seed(chosen), chosen[0].params)
     results, keys = result_rows(chosen)
     lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
-    return "\n".join([*lines, "", *verdicts(chosen), "", MEANING, ABOUT_MODELS])
+    sentences = [textwrap.fill(each, WIDTH, subsequent_indent="  ") for each in verdicts(chosen)]
+    return "\n".join([*lines, "", *sentences, "", MEANING, ABOUT_MODELS])
 
 
 def require_losses(chosen: Sequence[Experiment]) -> None:
@@ -153,10 +160,12 @@ def verdict(first: str, second: str, estimate: Estimate) -> str:
     if estimate == Estimate(0, 0):
         return f"{first}, {second}: every character has the same loss"
     size = f"{abs(estimate.value):.4f} ± {estimate.standard_error:.4f} nats"
+    low, high = (abs(estimate.value) + side * estimate.margin for side in (-1, 1))
+    interval = f"95 % interval {low:.4f} to {high:.4f}"
     if not estimate.significant:
-        return f"{first}, {second}: no significant difference ({size})"
+        return f"{first}, {second}: no significant difference ({size}, {interval})"
     better, worse = (second, first) if estimate.value < 0 else (first, second)
-    return f"{better} is better than {worse} by {size}"
+    return f"{better} is better than {worse} by {size} ({interval})"
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -197,13 +206,19 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
         rows.append((mean, [name, f"{mean:.4f}{spread}", str(len(group)), changes(others, setting)]))
     table = [["experiments", "mean loss", "seeds", "changed params"], *(row for _, row in sorted(rows))]
     note = "After ±: standard deviation over the seeds. Differences of this size are the luck of a seed."
+    if all(len(group) == 1 for group in groups):
+        note = "No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one."
     return "\n".join([*align(table, left=(0, 3)), "", note])
 
 
 def _to_best(best: Experiment, other: Experiment) -> str:
-    """Return the paired difference of two losses; nothing if they cannot be compared."""
+    """Return the paired difference of two losses, OTHER_TEXT, or nothing if their characters were not stored."""
     with suppress(UserError):
-        estimate = paired.difference(best.losses, other.losses)
+        first, second = best.losses, other.losses
+        try:
+            estimate = paired.difference(first, second)
+        except UserError:
+            return OTHER_TEXT
         if math.isfinite(estimate.standard_error):
             sign = "" if estimate.significant else "= "
             return f"{sign}{estimate.value:+.4f} ± {estimate.standard_error:.4f}"

@@ -26,7 +26,10 @@ def initialize(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     try:
         source, known = load_model(folder)
     except UserError as error:
-        raise UserError(f"train.init_from: {error}; a stage's own output, models/gpt, must be copied first") from None
+        raise UserError(
+            f"train.init_from: {error}; name a copy of models/gpt, which DVC deletes before the training, and add it "
+            "to git or DVC if the experiment runs with --temp or --queue"
+        ) from None
     here, there = (each.config.model_dump(exclude=FREE) for each in (model, source))
     changed = {name: value for name, value in here.items() if there[name] != value}
     if changed:

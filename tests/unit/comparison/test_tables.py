@@ -27,7 +27,7 @@ def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
     assert "run of first" in lines[1]
     (verdict,) = [line for line in lines if "better" in line]
     assert verdict.startswith("second is better than first by 0.0")
-    assert verdict.endswith(" nats")
+    assert "nats (95 % interval 0.0" in verdict
 
 
 def test_table_of_many_experiments_fits_into_the_terminal(tmp_path):
@@ -46,9 +46,12 @@ def test_table_of_many_experiments_fits_into_the_terminal(tmp_path):
 @pytest.mark.parametrize(
     "estimate, sentence",
     [
-        (Estimate(-0.02, 0.004), "b is better than a by 0.0200 ± 0.0040 nats"),
-        (Estimate(0.02, 0.004), "a is better than b by 0.0200 ± 0.0040 nats"),
-        (Estimate(0.002, 0.004), "a, b: no significant difference (0.0020 ± 0.0040 nats)"),
+        (Estimate(-0.02, 0.004), "b is better than a by 0.0200 ± 0.0040 nats (95 % interval 0.0116 to 0.0284)"),
+        (Estimate(0.02, 0.004), "a is better than b by 0.0200 ± 0.0040 nats (95 % interval 0.0116 to 0.0284)"),
+        (
+            Estimate(0.002, 0.004),
+            "a, b: no significant difference (0.0020 ± 0.0040 nats, 95 % interval -0.0064 to 0.0104)",
+        ),
         (Estimate(0.0, 0.0), "a, b: every character has the same loss"),
         (Estimate(0.1, float("nan")), "a, b: +0.1000 nats; the text is too short to say whether this is luck"),
     ],
@@ -102,3 +105,21 @@ def test_test_loss_is_reported_before_the_validation_loss(pair, monkeypatch):
     assert header.split()[:4] == ["experiment", "test", "loss", "loss"]
     assert best.split()[:4] == ["second", "1.5000", "±", "0.0100"]  # the order is that of the validation loss
     assert other.split()[:4] == ["first*", "1.2500", "±", "0.0100"]
+
+
+def test_one_result_is_listed_once_with_all_its_names_and_another_text_is_named(tmp_path, pair, monkeypatch):
+    copy = Experiment("gyral-snob", pair[0].files)
+    other = Experiment("songs", Folder(results_folder(tmp_path / "other", two_losses()[0] + 1, text="another text")))
+    monkeypatch.setattr(tables, "experiments", lambda: iter([copy, other, pair[1]]))
+    monkeypatch.setattr(tables, "git", lambda *arguments: "main" if arguments[0] == "symbolic-ref" else "a" * 40)
+    monkeypatch.setattr(tables, "Revision", lambda commit: pair[0].files)
+    monkeypatch.chdir(pair[0].files.root)
+    lines = tables.overview().splitlines()
+    names = [line.split("  ")[0] for line in lines[1:4]]
+    assert names == ["second", "main, gyral-snob*", "songs"]
+    assert [tables.OTHER_TEXT in line for line in lines[1:4]] == [False, False, True]
+    assert any(line.startswith(f"{tables.OTHER_TEXT}: ") for line in lines[4:])
+
+
+def test_seeds_of_single_trainings_name_the_missing_step(pair):
+    assert tables.comparison(pair, seeds=True).endswith("`dvc exp run --temp -S train.seed=2` adds one.")

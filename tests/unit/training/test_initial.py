@@ -54,7 +54,7 @@ def test_other_architectures_missing_models_and_foreign_scripts_are_refused(expo
     _, folder = exported
     with pytest.raises(UserError, match=r"base has another architecture: model.n_embd is \d+ there and 68 here"):
         initialize(build(**architecture, n_embd=68), OLD, folder)
-    with pytest.raises(UserError, match=r"train.init_from: .*nowhere: no such model.*models/gpt, must be copied first"):
+    with pytest.raises(UserError, match=r"nowhere: no such model.*name a copy of models/gpt, .*add it to git or DVC"):
         initialize(build(**architecture), OLD, tmp_path / "nowhere")
     with pytest.raises(UserError, match="base has no character of this text"):
         initialize(build(**architecture), Tokenizer("0123456789!"), folder)
