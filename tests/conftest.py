@@ -1,13 +1,18 @@
 """Fixtures shared by all tests."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
 from helpers.workspace import ROOT, make_workspace
+
+from minigpt import cli
 
 torch.set_num_threads(1)  # for tensors this small, more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
@@ -30,10 +35,35 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_decoders(tmp_path_factory):
-    """Cache folder for compiled decoders, separate from the user's."""
+    """Cache folder for compiled decoders, separate from the user's. All processes of pytest share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield
+
+
+@pytest.fixture
+def minigpt(monkeypatch, capsys):
+    """A function that runs ``minigpt`` in this process, and returns what it printed and its exit status."""
+
+    def run(*arguments, stdin=b"", cwd=None):
+        with monkeypatch.context() as patch:
+            patch.setenv("MINIGPT_CPU", "off")
+            patch.setattr(sys, "argv", ["minigpt", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            if cwd:
+                patch.chdir(cwd)
+            status = 0
+            try:
+                cli.run()
+            except SystemExit as stop:
+                status = stop.code or 0
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

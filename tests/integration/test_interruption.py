@@ -29,7 +29,7 @@ def train_after_a_kill(folder, moment):
 
 
 def test_killed_training_resumes_from_its_last_checkpoint(tmp_path, project_files):
-    folder = prepare(tmp_path / "work", project_files)
+    folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 100}})
     printed = train_after_a_kill(folder, lambda: saved_checkpoints(folder))
     assert "resuming after step" in printed
     (run,) = runs(folder)

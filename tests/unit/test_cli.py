@@ -1,6 +1,5 @@
-"""The command ``minigpt``, run as a program."""
+"""The command ``minigpt``, in this process where a program of its own would prove nothing more."""
 
-import io
 import os
 import pty
 import re
@@ -8,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +36,8 @@ COMMANDS = [
 ]
 
 
-def minigpt(*arguments, cwd=ROOT, **variables):
+def program(*arguments, cwd=ROOT, **variables):
+    """Run ``minigpt`` in a process of its own."""
     return python("-m", "minigpt", *arguments, cwd=cwd, **variables)
 
 
@@ -56,23 +55,10 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def write(exported, monkeypatch, capsys):
-    """A function that runs ``minigpt write`` in this process, and returns what it printed and its exit status."""
-    monkeypatch.setenv("MINIGPT_CPU", "off")
-
-    def run(*arguments, stdin=b""):
-        program = ["minigpt", "write", "--model", exported, "--dtype", "float32", "--compile", "never", *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, program)))
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = 0
-        try:
-            cli.run()
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
-
-    return run
+def write(exported, minigpt):
+    """A function that runs ``minigpt write`` in this process."""
+    options = ("--model", exported, "--dtype", "float32", "--compile", "never")
+    return lambda *arguments, **how: minigpt("write", *options, *arguments, **how)
 
 
 def test_write_prints_what_the_generator_returns(exported, write):
@@ -179,7 +165,7 @@ def test_all_wrong_options_are_reported_together(write):
     assert ran.stderr.splitlines() == lines
 
 
-def test_wrong_option_and_wrong_param_have_the_same_message(write, workspace):
+def test_wrong_option_and_wrong_param_have_the_same_message(write, minigpt, workspace):
     set_params(workspace, {"sample": {"top_p": 2}})
     in_file = minigpt("check", cwd=workspace).stderr
     assert in_file == "minigpt: params.yaml: sample.top_p: must be at most 1, got 2\n"
@@ -225,7 +211,7 @@ def test_graphemes_are_not_split():
     assert not any(re.match(r"[\u0300-\u036f\u093e-\u094d\u200d]", piece) for piece in pieces)
 
 
-def test_options_of_write_are_the_fields_of_sample_params():
+def test_options_of_write_are_the_fields_of_sample_params(minigpt):
     shown = minigpt("write", "--help").stdout
     assert re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE) == [
         "--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty",
@@ -238,15 +224,21 @@ def test_options_of_write_are_the_fields_of_sample_params():
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_help_fits_80_columns_and_starts_without_torch_and_mlflow(name):
-    ran = python("-X", "importtime", "-m", "minigpt", *filter(None, [name]), "--help", cwd=ROOT, COLUMNS="200")
+def test_help_fits_80_columns(minigpt, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = minigpt(*filter(None, [name]), "--help")
     assert ran.returncode == 0
     assert ran.stdout.startswith(f"Usage: minigpt {name}".rstrip())
     assert max(map(len, ran.stdout.splitlines())) <= 80
+
+
+def test_help_starts_without_torch_and_mlflow():
+    ran = python("-X", "importtime", "-m", "minigpt", "write", "--help", cwd=ROOT)
+    assert ran.returncode == 0
     assert not re.search(r"\b(torch|mlflow)\b", ran.stderr)
 
 
-def test_group_without_a_command_shows_its_help():
+def test_group_without_a_command_shows_its_help(minigpt):
     ran = minigpt()
     assert ran.stdout == minigpt("--help").stdout
     assert (
@@ -254,7 +246,7 @@ def test_group_without_a_command_shows_its_help():
     )  # no description is cut off
 
 
-def test_unknown_command_and_missing_argument_are_one_line():
+def test_unknown_command_and_missing_argument_are_one_line(minigpt):
     ran = minigpt("wrote")
     assert re.fullmatch(r"minigpt: no such command 'wrote'.*\n", ran.stderr)
     ran = minigpt("dagshub")
@@ -269,12 +261,12 @@ def complete(words, cwd):
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
-    shown = minigpt(cwd=cwd, **variables).stdout.splitlines()
+    shown = program(cwd=cwd, **variables).stdout.splitlines()
     return [line.removeprefix("plain,") for line in shown]
 
 
 def test_shell_completion():
-    script = minigpt(_MINIGPT_COMPLETE="bash_source").stdout
+    script = program(_MINIGPT_COMPLETE="bash_source").stdout
     assert "_MINIGPT_COMPLETE=bash_complete" in script
     assert subprocess.run(["bash", "-n"], input=script.encode()).returncode == 0
     assert complete("minigpt ", ROOT) == COMMANDS
@@ -283,7 +275,7 @@ def test_shell_completion():
     assert complete("minigpt profile shakespeare-", ROOT) == [f"shakespeare-{kind}" for kind in ("cpu", "gpu", "quick")]
 
 
-def test_check_validates_the_given_files(workspace):
+def test_check_validates_the_given_files(minigpt, workspace):
     ran = minigpt("check", cwd=workspace)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
     (workspace / "other.yaml").write_text("model: 3\n")
@@ -295,7 +287,7 @@ def test_check_validates_the_given_files(workspace):
     assert ran.stderr == "minigpt: configs/mine.yaml: model.n_layers: unknown key; did you mean n_layer?\n"
 
 
-def test_profile_lists_the_profiles_and_marks_the_present_one(workspace):
+def test_profile_lists_the_profiles_and_marks_the_present_one(minigpt, workspace):
     shutil.copy(ROOT / "params.yaml", workspace)
     lines = minigpt("profile", cwd=workspace).stdout.splitlines()
     assert [line[2:].split()[0] for line in lines if line.startswith("* ")] == ["default"]
@@ -308,7 +300,7 @@ def test_profile_lists_the_profiles_and_marks_the_present_one(workspace):
 
 
 @pytest.mark.parametrize("with_git", [True, False])
-def test_profile_does_not_overwrite_changes_without_force(tmp_path, project_files, workspace, with_git):
+def test_profile_does_not_overwrite_changes_without_force(minigpt, tmp_path, project_files, workspace, with_git):
     folder = make_repository(tmp_path / "repository", project_files) if with_git else workspace
     set_params(folder, {"model": {"n_embd": 100}})
     (folder / "data/shakespeare.txt").write_text("in place of the text that would be fetched")
@@ -325,13 +317,13 @@ def test_profile_does_not_overwrite_changes_without_force(tmp_path, project_file
     assert load(folder / "params.yaml").model.n_embd == 192
 
 
-def test_unknown_profile_is_one_line(workspace):
+def test_unknown_profile_is_one_line(minigpt, workspace):
     ran = minigpt("profile", "nothing", cwd=workspace)
     assert ran.stderr == "minigpt: configs/nothing.yaml: no such profile; `minigpt profile` lists them\n"
     assert ran.returncode == 1
 
 
-def test_summary_names_the_missing_stage(workspace):
+def test_summary_names_the_missing_stage(minigpt, workspace):
     ran = minigpt("summary", cwd=workspace)
     assert ran.stderr == "minigpt: results/train/metrics.json: no such file; `dvc repro` writes it\n"
 
@@ -358,7 +350,7 @@ def test_make_does_not_run_shell_text_in_repo(tmp_path):
         assert not {path.name for path in tmp_path.iterdir()} & {"made", "shell", "quoted", "substituted"}
 
 
-def test_page_contains_one_model_or_two(exported, tmp_path):
+def test_page_contains_one_model_or_two(minigpt, exported, tmp_path):
     output = tmp_path / "new" / "page.html"
     ran = minigpt("page", "--model", exported, "--output", output)
     assert ran.stdout == f"minigpt: {output}, {output.stat().st_size / 1e6:.1f} MB; open it in a browser\n"
@@ -367,7 +359,7 @@ def test_page_contains_one_model_or_two(exported, tmp_path):
     assert output.read_text(encoding="utf-8").count('<script type="text/plain"') == 2
 
 
-def test_page_reports_a_missing_model_and_a_wrong_dtype(exported, tmp_path):
+def test_page_reports_a_missing_model_and_a_wrong_dtype(minigpt, exported, tmp_path):
     ran = minigpt("page", "--model", tmp_path / "gpt")
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"minigpt: {tmp_path / 'gpt'}: no such model; train one with")

@@ -36,20 +36,32 @@ def write(exported, line):
     [
         (r"printf 'a\xff' | minigpt write", f"standard input: not UTF-8: byte 2 is 0xff; {ICONV}"),
         (r"printf '\xff\xfea\0' | minigpt write", f"standard input: not UTF-8: byte 1 is 0xff; {ICONV}"),
-        (r"printf 'a\0' | minigpt write", "the prompt: character 2, '\\x00' (U+0000), does not occur in the training"),
         ("minigpt write </dev/zero", "standard input: longer than 64 MB, the limit for a prompt"),
         ("minigpt write 0>/dev/null", "standard input: not readable: Bad file descriptor"),
         (r"minigpt write $'\xff'", f"the prompt: not UTF-8: byte 1 is 0xff; {ICONV}"),
         (r"minigpt write a --stop $'\xff'", f"--stop: not UTF-8: byte 1 is 0xff; {ICONV}"),
         ("minigpt check /dev/zero", "/dev/zero: not readable: not a regular file"),
         ("minigpt check <(echo model)", "/dev/fd/63: not readable: not a regular file"),
-        ("minigpt write --model /dev/zero", "/dev/zero: no such model"),
-        ("minigpt page --model /etc/passwd", "/etc/passwd: no such model"),
-        ("minigpt write --model $(printf 'x%.0s' {1..5000})", "xxxxx"),
     ],
 )
 def test_input_that_is_not_text_is_one_line(exported, line, message):
     ran = write(exported, line)
+    (printed,) = ran.stderr.splitlines()
+    assert printed.startswith(f"minigpt: {message}")
+    assert (ran.returncode, ran.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "arguments, stdin, message",
+    [
+        ([], b"a\0", "the prompt: character 2, '\\x00' (U+0000), does not occur in the training"),
+        (["a", "--model", "/dev/zero"], b"", "/dev/zero: no such model"),
+        (["a", "--model", "/etc/passwd"], b"", "/etc/passwd: no such model"),
+        (["a", "--model", "x" * 5000], b"", "xxxxx"),
+    ],
+)
+def test_prompt_or_model_that_is_no_such_thing_is_one_line(minigpt, exported, arguments, stdin, message):
+    ran = minigpt("write", "--model", exported, *arguments, stdin=stdin)
     (printed,) = ran.stderr.splitlines()
     assert printed.startswith(f"minigpt: {message}")
     assert (ran.returncode, ran.stdout) == (1, "")

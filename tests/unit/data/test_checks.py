@@ -54,7 +54,7 @@ def prepared(tmp_path_factory, project_files):
     return folder
 
 
-def test_wrong_prompt_is_reported_before_the_training(prepared, tmp_path):
+def test_wrong_prompt_is_reported_before_the_training(minigpt, prepared, tmp_path):
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
     before = {path: path.read_bytes() for path in (folder / "data/prepared").iterdir()}
@@ -64,7 +64,7 @@ def test_wrong_prompt_is_reported_before_the_training(prepared, tmp_path):
         message = "character 1, 'R' (U+0052 LATIN CAPITAL LETTER R), does not occur in the training text"
         assert ran.stderr == f"minigpt: params.yaml: sample.prompts[0]: {message}; use a prompt of characters that do\n"
         assert ran.returncode == 1
-    ran = python("-m", "minigpt", "check", cwd=folder)
+    ran = minigpt("check", cwd=folder)
     assert ran.stderr == f"minigpt: params.yaml: sample.prompts[0]: {message}; use a prompt of characters that do\n"
     assert {path: path.read_bytes() for path in (folder / "data/prepared").iterdir()} == before
     assert not (folder / "models/gpt").exists()

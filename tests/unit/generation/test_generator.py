@@ -65,14 +65,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("model, overflow", CASES)
+PROMPTS = [
+    ("a", 1.0, 1.0), ("a", 1.0, 1.5), ("abcdefghijabcde", 0.0, 1.0), ("abcdefghijabcdef", 1.0, 1.0),
+    ("abcdefghij" * 5, 1.0, 1.5),
+]  # fmt: skip
+
+
+# Each case with two prompts, and each prompt with three cases or more.
 @pytest.mark.parametrize(
-    "prompt, temperature, penalty",
-    [
-        ("a", 1.0, 1.0), ("a", 1.0, 1.5), ("abcdefghijabcde", 0.0, 1.0), ("abcdefghijabcdef", 1.0, 1.0),
-        ("abcdefghij" * 5, 1.0, 1.5),
-    ],
-)  # fmt: skip
+    "model, overflow, prompt, temperature, penalty",
+    [(*case, *PROMPTS[(number + shift) % 5]) for number, case in enumerate(CASES) for shift in (0, 2)],
+)
 def test_text_equals_that_of_full_forward_passes(model, overflow, prompt, *, temperature, penalty):
     sampling = params(
         temperature=temperature, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=penalty, seed=3,
@@ -138,7 +141,7 @@ def test_each_sample_ends_at_its_own_stop_string():
 @pytest.mark.parametrize("model, overflow", CASES)
 def test_text_does_not_depend_on_the_memory_reserved_in_advance(model, overflow, mode, monkeypatch):
     generator, _ = generators(mode, **model)
-    for prompt, penalty in itertools.product(("a", "abcdefghij" * 5), (1.0, 1.5)):
+    for prompt, penalty in (("a", 1.5), ("abcdefghij" * 5, 1.0)):
         how = params(overflow=overflow, repetition_penalty=penalty, stop=["ab"])
         monkeypatch.undo()
         whole = generator.generate(prompt, how, samples=2)

@@ -111,7 +111,7 @@ def test_extreme_params_keep_the_distribution_finite(logits, how):
     penalized = penalize(torch.tensor([logits]), torch.tensor([[0, 1]]), how.repetition_penalty)
     (chosen,) = sample(penalized, how, torch.tensor([0.999], dtype=torch.float64)).tolist()
     if how.temperature <= 1e-6:
-        assert penalized[0, chosen] == penalized.max()
+        assert penalized.max() - penalized[0, chosen] <= 100 * how.temperature  # closer ones are equally likely
     if how.temperature:
         probabilities = filter_probabilities(penalized, how)
         assert probabilities.isfinite().all()

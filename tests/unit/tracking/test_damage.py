@@ -7,7 +7,7 @@ import time
 
 import pytest
 from helpers.tracking import check_store, find_run, write_run
-from helpers.workspace import ROOT, python
+from helpers.workspace import python
 
 from minigpt.errors import UserError
 from minigpt.tracking import store, uploader
@@ -146,12 +146,12 @@ def test_runs_after_a_bad_one_are_sent(here, capsys):
     assert find_run(uri, "a" * 32)[1].info.status == "FINISHED"
 
 
-def test_sync_reports_bad_runs_in_one_line_each(here):
+def test_sync_reports_bad_runs_in_one_line_each(minigpt):
     write_run("b" * 32, steps=3)
     folder = write_run("a" * 32, steps=3).folder
     (folder / "journal.jsonl").unlink()
     (folder / "journal.jsonl").mkdir()
-    ran = python("-m", "minigpt", "sync", cwd=here, PYTHONPATH=str(ROOT))
+    ran = minigpt("sync")
     assert ran.returncode == 1
     assert ran.stderr == f"minigpt: {folder}: cannot read the journal: Is a directory\n"
     assert "run bbbbbbbb: " in ran.stdout

@@ -144,7 +144,6 @@ def test_handlers_are_restored():
 @pytest.mark.parametrize(
     "variables, through_shell, expected",
     [
-        ({}, True, []),
         ({"DVC_STAGE": "train"}, False, ["parent"]),
         ({"TORCHELASTIC_RUN_ID": "1", "DVC_STAGE": "train"}, True, ["parent", "test"]),
     ],
