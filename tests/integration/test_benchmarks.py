@@ -30,6 +30,7 @@ def test_missing_peer_is_reported():
     assert rows("something, seconds", found)[1][-1] == "not measured: no such package"
 
 
+@pytest.mark.slow
 def test_benchmark_writes_its_results(tmp_path):
     arguments = ["--rounds", "2", "--megabytes", "1", "--text", "data/songs.txt", "--results", tmp_path]
     ran = python("-m", "benchmarks", "encoding", *arguments, cwd=ROOT)
@@ -57,6 +58,7 @@ def test_picture_has_a_bar_and_a_ratio_per_peer(tmp_path):
     assert [text for text in shown if text.startswith("something")] == ["something: a peer", "something: a slow peer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["encoding", "--text", "absent.txt"], ["nothing-of-that-name"]])
 def test_usage_error_is_one_line_without_a_traceback(arguments, tmp_path):
     ran = python("-m", "benchmarks", *arguments, "--results", tmp_path, cwd=ROOT)

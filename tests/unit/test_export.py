@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.workspace import ROOT, params_with, python
+from helpers.workspace import params_with
 from safetensors.torch import load_file, save_file
 
 from minigpt.data.tokenizer import Tokenizer
@@ -205,11 +205,11 @@ def test_tampered_model_is_one_line_without_large_memory(exported, tamper, messa
     assert "\n" not in text or "mistakes" in text
 
 
-def test_command_reports_a_tampered_model(exported):
+def test_command_reports_a_tampered_model(minigpt, exported):
     _, folder = exported
     tamper, message = TAMPERED[16]
     tamper(folder)
-    ran = python("-m", "minigpt", "write", "a", "--model", folder, cwd=ROOT)
+    ran = minigpt("write", "a", "--model", folder)
     (line,) = ran.stderr.splitlines()
     assert re.match(f"minigpt: {re.escape(str(folder))}/.*{message}", line)
     assert (ran.returncode, ran.stdout) == (1, "")

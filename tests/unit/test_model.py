@@ -141,6 +141,7 @@ def test_flops_per_character_equal_torchs_count():
         assert counter.get_total_flops() == 2 * 32 * gpt.flops_per_character()
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_logits_equal_hugging_face_gpt2_with_the_same_weights():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -61,7 +61,10 @@ def test_text_comes_from_its_address_and_can_be_pushed_and_pulled(repository, tm
 
 @pytest.mark.parametrize(
     "path, reason",
-    [("/missing.txt", r"cannot be read \(HTTP Error 404"), ("/text.txt", "has another text")],
+    [
+        pytest.param("/missing.txt", r"cannot be read \(HTTP Error 404", marks=pytest.mark.slow),
+        ("/text.txt", "has another text"),
+    ],
 )
 def test_text_without_a_source_is_one_sentence_with_the_ways_out(repository, path, reason):
     with Publisher(b"another text") as publisher:

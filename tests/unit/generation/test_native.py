@@ -19,7 +19,7 @@ from minigpt.runtime import cpu
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture(params=["single products", "products of pairs", "x86-64"])
+@pytest.fixture(params=["single products", "products of pairs", pytest.param("x86-64", marks=pytest.mark.slow)])
 def processor(request, monkeypatch):
     """Target of the compilation; plain x86-64 has no vectors of 64 bytes."""
     if shutil.which("g++") is None or (request.param == "x86-64" and platform.machine() not in ("x86_64", "AMD64")):
