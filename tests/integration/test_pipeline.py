@@ -241,7 +241,7 @@ def test_change_reruns_the_stages_that_depend_on_it(copy, path, old, new, reruns
         ("minigpt/choices.py", {"prepare", "train", "evaluate", "sample"}),
         ("minigpt/training/control.py", {"train"}),
         ("minigpt/generation/generator.py", {"sample"}),
-        ("minigpt/runtime/launcher.py", set()),
+        ("minigpt/runtime/launcher.py", {"evaluate", "sample"}),
         ("minigpt/cli.py", set()),
     ],
 )
@@ -252,7 +252,7 @@ def test_dvc_reruns_the_stages_that_import_an_edited_file(repository, name, stag
     status = command("dvc", "status", "--json", cwd=repository[0])
     file.write_bytes(source)
     assert status.returncode == 0, status.stderr
-    assert json.loads(status.stdout).keys() == stages
+    assert {name for name in json.loads(status.stdout) if not name.endswith(".dvc")} == stages
 
 
 @pytest.mark.slow
