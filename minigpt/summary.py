@@ -63,7 +63,7 @@ def _summary(model: Path, results: Path) -> str:
 {_loss("test loss", evaluation["test"]) if "test" in evaluation else ""}{_loss("validation loss", val)}\
                     before training: {untrained:.4f} nats
 {_by_file(results / "evaluate" / "files.csv")}\
-  training loss     {evaluation["train"]["loss"]:.4f} nats at the best step, {train["best_step"]:,}
+  training loss     {_training_loss(evaluation["train"])} nats at the best step, {train["best_step"]:,}
   calibration error {val["calibration_error"]:.4f}; the most likely character is correct in {val["accuracy"]:.1%}
   copied            at most {copied["longest_run"]} characters, {copied["share_of_8_grams"]:.0%} of 8-grams
                     held-out text: {held_out["longest_run"]} characters, {held_out["share_of_8_grams"]:.0%} of 8-grams
@@ -86,6 +86,12 @@ def _loss(label: str, metrics: dict[str, Any]) -> str:
         f"  {label:<18}{metrics['loss']:.4f} nats, {metrics['bits_per_character']:.4f} bits per character\n"
         f"{LABEL}exact over {metrics['characters']:,} characters{error}\n"
     )
+
+
+def _training_loss(metrics: dict[str, Any]) -> str:
+    """Return the loss of the training split, with the error of the sample if it is one."""
+    error = metrics.get("sampling_error")
+    return f"{metrics['loss']:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def _by_file(path: Path) -> str:

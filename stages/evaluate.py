@@ -37,6 +37,9 @@ LONG_NAMES = {"val": "validation", "test": "test"}
 SHORT, UNCERTAIN = 10_000, 0.01
 """A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
 
+ROUNDED_CHARS = 32_768
+"""Characters that show the effect of rounded weights. It is the difference on the same windows, so few are enough."""
+
 
 def main() -> None:
     """Run the stage."""
@@ -142,7 +145,13 @@ def score_validation(
     overlapping = score(model, val, stride)
     print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
 
-    by_weights = loss_by_weights(model, lambda other: exact if other is model else score(other, val).loss)
+    sampled = len(val) - 1 > ROUNDED_CHARS
+    reference = score(model, val, max_chars=ROUNDED_CHARS).loss if sampled else exact
+
+    def loss(other: GPT) -> float:
+        return exact if other is model else exact + score(other, val, max_chars=ROUNDED_CHARS).loss - reference
+
+    by_weights = loss_by_weights(model, loss)
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
     print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
     metrics |= {

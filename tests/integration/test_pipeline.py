@@ -257,7 +257,7 @@ def test_dvc_reruns_the_stages_that_import_an_edited_file(repository, name, stag
 
 @pytest.mark.slow
 def test_sampled_training_split_has_a_sampling_error(copy):
-    replace(copy, "params.yaml", "train_chars: 2000000", "train_chars: 1000")
+    replace(copy, "params.yaml", "train_chars: 100000", "train_chars: 1000")
     assert stages_run(repro(copy)) == ["evaluate", "sample"]
     train = json.loads((copy / "results/evaluate/metrics.json").read_text())["train"]
     assert 900 < train["characters"] <= 1024 < train["split_characters"]
