@@ -223,7 +223,7 @@ class Hosts:
                 *("-m", "stages.train"),
                 cwd=folder,
                 GLOO_SOCKET_IFNAME="cable",
-                MINIGPT_PEER_SECONDS="8",
+                MINIGPT_PEER_SECONDS="15",
             )
             for index, (name, folder) in enumerate(zip(self.names, folders, strict=True))
         ]
