@@ -136,11 +136,11 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
         comparison = "better" if estimate.value < 0 else "WORSE"
         sentences = [f"{comparison} than the best n-gram model ({name}: {loss:.4f}) by {size:.4f} nats"]
         if known:
-            sentences[0] += f", 95 % interval {size - estimate.margin:.4f} to {size + estimate.margin:.4f}"
+            sentences[0] += f" (95 % interval {size - estimate.margin:.4f} to {size + estimate.margin:.4f})"
     if since := train.get("overfitting_since"):
         sentences.append(f"overfitting since step {since:,}: more training does not help")
     if known:
-        sentences.append("`minigpt compare` shows whether a difference from another training may be luck")
+        sentences.append("for other trainings, see `minigpt compare`")
     return _labelled("verdict", "; ".join(sentences))
 
 

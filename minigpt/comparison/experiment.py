@@ -104,6 +104,13 @@ class Experiment:
             tree |= stage.get("params", {}).get("params.yaml", {})
         return {params.RENAMED.get(name, name): value for name, value in params.flatten(tree).items()}
 
+    @cached_property
+    def code(self) -> dict[str, str]:
+        """Digests of the files and folders of code that made the model, by path."""
+        train = (self._yaml("dvc.lock").get("stages") or {}).get("train", {})
+        deps = {str(dep.get("path")): str(dep.get("md5")) for dep in train.get("deps", ())}
+        return {path: digest for path, digest in deps.items() if path.startswith(("minigpt/", "stages/"))}
+
     def _yaml(self, path: str) -> dict[str, Any]:
         content = params.read_yaml((self.files.read(path) or b"").decode("utf-8", "replace"), f"{self.name}: {path}")
         return content if isinstance(content, dict) else {}

@@ -113,10 +113,12 @@ def require_losses(chosen: Sequence[Experiment]) -> None:
 
 
 def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the results and the params that differ, as rows of a name and one cell for each experiment."""
+    """Return the results, and the params and code that differ, as rows of a name and one cell for each experiment."""
     require_losses(chosen)
     rows = differing([each.params for each in chosen])
     keys = [[name, *map(_value, values)] for name, values in rows.items()]
+    code = differing([each.code for each in chosen]) if all(each.code for each in chosen) else {}
+    keys += [[path, *(str(digest or "-")[:7] for digest in digests)] for path, digests in code.items()]
     trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
     results = [
         ["MLflow run", *(str(each.run.get("name") or "") for each in chosen)],

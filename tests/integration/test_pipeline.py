@@ -147,7 +147,7 @@ def test_summary_shows_the_results_and_no_secret(repository):
     best = min(ngrams, key=ngrams.get)
     verdict = ran.stdout[ran.stdout.index("verdict") : ran.stdout.index("validation loss")]
     assert f"verdict           WORSE than the best n-gram model ({best}: {ngrams[best]:.4f}) by " in verdict
-    assert re.search(r"by \d\.\d{4} nats, 95 % interval \d\.\d{4} to \d\.\d{4};", " ".join(verdict.split()))
+    assert re.search(r"by \d\.\d{4} nats \(95 % interval \d\.\d{4} to \d\.\d{4}\);", " ".join(verdict.split()))
     assert "runs      mlflow.db\n" in ran.stdout
     assert max(map(len, ran.stdout.splitlines())) <= 80
     assert ran.stdout.partition("\n  Next steps")[0].strip("\n") in printed  # the last stage has shown it

@@ -30,6 +30,15 @@ def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
     assert "nats (95 % interval 0.0" in verdict
 
 
+def test_code_that_differs_is_listed_by_its_digests(pair):
+    for each, digest in zip(pair, ("1234567890", "abcdef0123"), strict=True):
+        deps = [{"path": "data/prepared", "md5": digest}, {"path": "minigpt/ops.py", "md5": digest}]
+        deps.append({"path": "minigpt/model.py", "md5": "0"})
+        (each.files.root / "dvc.lock").write_text(json.dumps({"stages": {"train": {"deps": deps}}}))
+    rows = [line.split() for line in tables.comparison(pair).splitlines()]
+    assert [row for row in rows if row and "/" in row[0]] == [["minigpt/ops.py", "1234567", "abcdef0"]]
+
+
 def test_table_of_many_experiments_fits_into_the_terminal(tmp_path):
     losses, _ = two_losses()
     chosen = []
