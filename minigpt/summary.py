@@ -13,7 +13,7 @@ from minigpt import params
 from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
 from minigpt.evaluation.paired import Estimate
-from minigpt.files import read_run_key, require_json
+from minigpt.files import read_run_key, require_json, workspace
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
@@ -70,7 +70,7 @@ def _summary(model: Path, results: Path) -> str:
 
 {excerpt}
 
-  model     {model}/
+{_place()}  model     {model}/
   sample    {results}/sample/samples.txt
   page      {results}/sample/page.html: the model in a web page (make page)
   metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
@@ -92,6 +92,13 @@ def _training_loss(metrics: dict[str, Any]) -> str:
     """Return the loss of the training split, with the error of the sample if it is one."""
     error = metrics.get("sampling_error")
     return f"{metrics['loss']:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def _place() -> str:
+    """Return how to get the files of an experiment that ran in a copy of the workspace, as a line; nothing without."""
+    if workspace() == Path.cwd():
+        return ""
+    return f"  files     those of the experiment: dvc exp apply {os.environ.get('DVC_EXP_NAME', 'NAME')}\n"
 
 
 def _by_file(path: Path) -> str:
@@ -161,7 +168,7 @@ NEXT_STEPS = """
     source .venv/bin/activate
     git add dvc.lock params.yaml                      commit the baseline:
     git commit -m "First run"
-    dvc exp run --temp -S model.n_embd=512            train a wider model
+    dvc exp run --temp -n wider -S model.n_embd=512   train a wider model
     minigpt compare                                   compare the experiments
     make ui                                           show the curves
     make shakespeare                                  train on a larger text

@@ -124,6 +124,12 @@ class Experiment:
         """Key, name and date of the MLflow run, as far as they are known."""
         return self._json(RESULTS / "train" / "run.json")
 
+    @property
+    def run_id(self) -> str:
+        """ID of the MLflow run, or an empty text if it is not known here."""
+        key = str(self.run.get("run", ""))
+        return next(iter(Journal(key).mlflow_ids()), "") if is_run_key(key) else ""
+
     def _json(self, path: PurePosixPath) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             content = json.loads(self.files.read(path) or b"{}")

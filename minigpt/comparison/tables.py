@@ -20,6 +20,9 @@ from minigpt.evaluation.paired import Estimate
 from minigpt.git import git
 
 WIDTH = 100
+NARROWEST = 20
+"""Columns of the last column of a table, at least, even if the table is then too wide."""
+
 MAX_PAIRS = 10
 """Pairs that are compared with each other; of more, only those with the best experiment."""
 
@@ -122,6 +125,7 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
     trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
     results = [
         ["MLflow run", *(str(each.run.get("name") or "") for each in chosen)],
+        ["run ID", *(each.run_id[:12] for each in chosen)],
         ["validation loss", *map(_loss, chosen)],
         ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
         ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
@@ -129,7 +133,7 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
         ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
     ]
     if any("test" in metrics for metrics in measured):
-        results.insert(1, ["test loss", *(_loss(each, "test") for each in chosen)])
+        results.insert(2, ["test loss", *(_loss(each, "test") for each in chosen)])
     return results, keys
 
 
@@ -260,19 +264,22 @@ def _value(value: Any) -> str:
 def align(table: list[list[str]], left: tuple[int, ...], width: int = WIDTH) -> list[str]:
     """Return the rows of a table as lines of at most ``width`` columns.
 
-    The columns ``left`` are aligned on the left. The last column is shortened if necessary.
+    The columns ``left`` are aligned on the left. The last column is wrapped if it is one of them, else shortened.
     """
     sizes = [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
     used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
-    sizes[-1] = min(sizes[-1], max(4, width - used))
+    sizes[-1] = min(sizes[-1], max(NARROWEST, width - used))
+    wrap = len(sizes) - 1 in left
     lines = []
     for row in table:
-        cells = [*row[:-1], shorten(row[-1], sizes[-1])] if row else []
+        *cells, last = row or [""]
+        first, *others = (textwrap.wrap(last, sizes[-1]) or [""]) if wrap else [shorten(last, sizes[-1])]
         aligned = [
             cell.ljust(size) if column in left else cell.rjust(size)
-            for column, (cell, size) in enumerate(zip(cells, sizes, strict=False))
+            for column, (cell, size) in enumerate(zip([*cells, first], sizes, strict=False))
         ]
         lines.append("  ".join(aligned).rstrip())
+        lines += [" " * used + other for other in others]
     return lines
 
 

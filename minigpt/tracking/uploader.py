@@ -221,13 +221,16 @@ def sync() -> int:
             starts.update((journal, record["time"]) for record in journal.records()[:1])
         except OSError as error:
             errors.append(f"{journal.folder}: cannot read the journal: {error.strerror}")
-    for journal in sorted(starts, key=lambda journal: starts[journal]):
-        before = uploader.sent
+    waiting = sorted(starts, key=lambda journal: starts[journal])
+    while waiting:
+        journal, before = waiting.pop(0), uploader.sent
         try:
             _send_with_retries(uploader, journal)
         except Exception as error:
-            errors.append(f"run {journal.key[:8]} was not sent to {uploader.display_uri}: {describe_error(error)}")
-            if not uploader.store.responds():
+            responds = uploader.store.responds()
+            runs = "was" if responds or not waiting else f"and {len(waiting)} more were"
+            errors.append(f"run {journal.key[:8]} {runs} not sent to {uploader.display_uri}: {describe_error(error)}")
+            if not responds:
                 break
         if uploader.sent > before:
             print(f"minigpt: run {journal.key[:8]}: {uploader.sent - before} records sent")

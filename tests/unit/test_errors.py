@@ -66,6 +66,8 @@ def test_failed_allocation_of_torch_is_reported_in_one_line(report):
 def test_user_error_under_dvc_explains_how_to_restore_the_outputs(report, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
     assert "`dvc checkout dvc.yaml`" in report(UserError("wrong"))[1]
+    monkeypatch.setenv("DVC_ROOT", "/the/main/workspace")  # of an experiment in a copy
+    assert report(UserError("wrong"))[1] == "minigpt: wrong\n"
 
 
 def test_unexpected_error_keeps_its_traceback(report):

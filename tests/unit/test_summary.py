@@ -34,3 +34,10 @@ def test_summary_shows_the_files_of_the_test_split_if_there_is_one(tmp_path):
 
 def test_summary_of_one_file_has_no_such_lines(tmp_path):
     assert summary._by_file(tmp_path / "files.csv") == ""
+
+
+def test_summary_of_an_experiment_in_a_copy_says_how_to_get_its_files(monkeypatch, tmp_path):
+    assert summary._place() == ""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_EXP_NAME", "wider")
+    assert summary._place() == "  files     those of the experiment: dvc exp apply wider\n"

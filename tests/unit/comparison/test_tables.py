@@ -30,6 +30,13 @@ def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
     assert "nats (95 % interval 0.0" in verdict
 
 
+def test_long_last_column_is_wrapped_and_never_cut_off():
+    changed = " ".join(f"name_{number}=value" for number in range(20))
+    lines = tables.align([["name", "changed params"], ["a", changed]], left=(0, 1), width=60)
+    assert max(map(len, lines)) <= 60
+    assert " ".join(line.strip() for line in lines[1:]).split() == ["a", *changed.split()]
+
+
 def test_code_that_differs_is_listed_by_its_digests(pair):
     for each, digest in zip(pair, ("1234567890", "abcdef0123"), strict=True):
         deps = [{"path": "data/prepared", "md5": digest}, {"path": "minigpt/ops.py", "md5": digest}]
@@ -106,8 +113,8 @@ def test_test_loss_is_reported_before_the_validation_loss(pair, monkeypatch):
         test = {"loss": loss, "standard_error": 0.01, "characters": 9}
         path.write_text(json.dumps({"test": test} | json.loads(path.read_text())))
     lines = tables.comparison(pair).splitlines()
-    assert [line[:15].strip() for line in lines[2:4]] == ["test loss", "validation loss"]
-    assert lines[2].split()[2:] == ["1.2500", "±", "0.0100", "1.5000", "±", "0.0100"]
+    assert [line[:15].strip() for line in lines[3:5]] == ["test loss", "validation loss"]
+    assert lines[3].split()[2:] == ["1.2500", "±", "0.0100", "1.5000", "±", "0.0100"]
     monkeypatch.setattr(tables, "_known", lambda: list(pair))
     monkeypatch.chdir(pair[0].files.root)
     header, best, other = tables.overview().splitlines()[:3]

@@ -108,7 +108,7 @@ def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(minigpt, here):
     ran = minigpt("sync")
     assert ran.returncode == 1
     problem = f"{here}/mlflow.db: not a database but a folder or device; move it out of the way"
-    assert ran.stderr == f"minigpt: run aaaaaaaa was not sent to sqlite:///{here}/mlflow.db: {problem}\n"
+    assert ran.stderr == f"minigpt: run aaaaaaaa and 1 more were not sent to sqlite:///{here}/mlflow.db: {problem}\n"
     assert time.monotonic() - began < 60
 
 
