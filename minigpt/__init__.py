@@ -3,4 +3,4 @@
 Read ``model.py`` first. The ``__init__.py`` of each part describes its contents and the imports that it may have.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

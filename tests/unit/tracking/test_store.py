@@ -6,10 +6,10 @@ import sys
 
 import pytest
 from helpers.tracking import SEND, check_store, find_run, write_run
-from helpers.workspace import ROOT
+from helpers.workspace import ROOT, python
 
 from minigpt.errors import UserError
-from minigpt.tracking import store, uploader
+from minigpt.tracking import store
 from minigpt.tracking.uploader import Uploader
 
 
@@ -62,8 +62,11 @@ def test_store_of_a_moved_repository_is_reported_and_made_again(here, monkeypatc
         Uploader(store.resolve_tracking_uri()).send(write_run("b" * 32, steps=2))
     assert not before.exists()
     (after / "mlflow.db").unlink()
-    assert uploader.sync() == 1
-    check_store(store.resolve_tracking_uri())
+    ran = python("-m", "minigpt", "sync", cwd=after, PYTHONPATH=str(ROOT))  # this process still has the file open
+    assert ran.returncode == 0, ran.stderr
+    (after / "mlflow.db").rename(here / "made again.db")
+    for key in "ab":
+        check_store(f"sqlite:///{here}/made again.db", key * 32)
 
 
 @pytest.mark.parametrize("name", ["50%20 a%2F#?b", pytest.param("?uri=true", marks=pytest.mark.slow)])
