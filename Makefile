@@ -13,7 +13,7 @@ override REPO := $(value REPO)
 export REPO
 
 all: $(VENV)/installed  ## run all stages with params.yaml, and show the results
-	@minigpt check
+	@minigpt check > /dev/null
 	@MINIGPT_SUMMARY=off dvc repro
 	@minigpt summary
 

@@ -240,7 +240,7 @@ def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, type=FilePath)
 def check(files: tuple[Path, ...]) -> None:
-    """Validate FILES, by default params.yaml. Valid files print nothing.
+    """Validate FILES, by default params.yaml.
 
     A file in configs/ is validated together with the values of params.yaml that it does not set. If the text exists,
     it is checked, too.
@@ -250,6 +250,7 @@ def check(files: tuple[Path, ...]) -> None:
     for path in files or [profiles.PARAMS]:
         profile = path.parent.name == profiles.DIRECTORY.name
         check_text(profiles.load_profile(path.stem) if profile else params.load(path))
+        print(f"minigpt: {path}: no mistakes")
 
 
 def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:

@@ -146,6 +146,10 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
             sentences[0] += f" (95 % interval {size - estimate.margin:.4f} to {size + estimate.margin:.4f})"
     if since := train.get("overfitting_since"):
         sentences.append(f"overfitting since step {since:,}: more training does not help")
+    if estimate.value > 0 or (known and not estimate.significant):
+        if train["best_step"] == train["steps"]:
+            sentences.append("the loss fell until the last step, so more train.max_iters may help")
+        sentences.append("docs/own-text.md explains the signs")
     if known:
         sentences.append("for other trainings, see `minigpt compare`")
     return _labelled("verdict", "; ".join(sentences))

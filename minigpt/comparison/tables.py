@@ -26,6 +26,9 @@ NARROWEST = 20
 MAX_PAIRS = 10
 """Pairs that are compared with each other; of more, only those with the best experiment."""
 
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Standard errors on either side in a 95 % interval, for 1, 2, ... degrees of freedom; the last for more, too."""
+
 SEED = "train.seed"
 MEANING = "After ±: standard error, for text like the validation split."
 ABOUT_MODELS = "Verdicts are about these trained models; --seeds shows how much the seed alone changes a loss."
@@ -201,20 +204,42 @@ def group_by_seed(chosen: Iterable[Experiment]) -> list[list[Experiment]]:
 
 def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:
     """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first."""
-    rows = []
-    for group in groups:
-        losses = [each.val_loss for each in group if each.val_loss is not None]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        setting = {name: value for name, value in group[0].params.items() if name != SEED}
-        others = {name: value for name, value in reference.items() if name != SEED}
+    losses = [[each.val_loss for each in group if each.val_loss is not None] for group in groups]
+    ordered = sorted(zip(losses, groups, strict=True), key=lambda pair: statistics.mean(pair[0]))
+    (lowest, best), *_ = ordered
+    table = [["experiments", "mean loss", "seeds", "to the best", "changed params"]]
+    for found, group in ordered:
+        spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+        setting, others = (
+            {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
+        )
         name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        mean = statistics.mean(losses)
-        rows.append((mean, [name, f"{mean:.4f}{spread}", str(len(group)), changes(others, setting)]))
-    table = [["experiments", "mean loss", "seeds", "changed params"], *(row for _, row in sorted(rows))]
-    note = "After ±: standard deviation over the seeds. Differences of this size are the luck of a seed."
+        other_text = group is not best and _to_best(best[0], group[0]) == OTHER_TEXT
+        difference = "" if group is best else OTHER_TEXT if other_text else mean_difference(lowest, found)
+        mean = f"{statistics.mean(found):.4f}{spread}"
+        table.append([name, mean, str(len(group)), difference, changes(others, setting)])
+    notes = [
+        "After ± of a loss: standard deviation over the seeds. After ± of a difference: its standard error.",
+        '"=" before a difference: it may be the luck of the seeds.',
+    ]
     if all(len(group) == 1 for group in groups):
-        note = "No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one."
-    return "\n".join([*align(table, left=(0, 3)), "", note])
+        notes = ["No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one."]
+    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
+    """Return the difference of two mean losses over seeds, with Welch's standard error; nothing for a single seed.
+
+    It begins with "=" unless the 95 % interval excludes 0. That interval has the degrees of freedom of the smaller
+    group, fewer than Welch's approximation (1947, The generalization of "Student's" problem, Biometrika 34).
+    """
+    seeds = min(len(first), len(second))
+    if seeds < 2:
+        return ""
+    difference = statistics.mean(second) - statistics.mean(first)
+    error = math.sqrt(sum(statistics.variance(losses) / len(losses) for losses in (first, second)))
+    limit = STUDENT_95[min(seeds - 2, len(STUDENT_95) - 1)]
+    return f"{'' if abs(difference) > limit * error else '= '}{difference:+.4f} ± {error:.4f}"
 
 
 def _to_best(best: Experiment, other: Experiment) -> str:

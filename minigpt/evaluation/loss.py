@@ -51,7 +51,8 @@ class Score:
         """Standard error of the loss in nats, as an estimate for all text like the split; nan below two windows.
 
         This is the error of a ratio of sums over independent windows (Cochran 1977, eq. 6.4). Characters within a
-        window may depend on each other. The error is too small if the text has dependencies longer than a window.
+        window may depend on each other. The error is too small if the text has dependencies longer than a window, so
+        :mod:`minigpt.evaluation.paired` has another one for results that are compared.
         """
         if self.windows < 2:
             return math.nan

@@ -95,6 +95,19 @@ def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
     assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "n_embd=512"]
 
 
+@pytest.mark.parametrize(
+    "first, second, shown",
+    [
+        ([1.0, 1.2, 1.4], [2.0, 2.2, 2.4], "+1.0000 ± 0.1633"),  # 6.1 standard errors, and 4.3 are needed
+        ([1.0, 1.2, 1.4], [1.5, 1.7, 1.9], "= +0.5000 ± 0.1633"),
+        ([1.0, 1.2], [1.5, 1.7, 1.9], "= +0.6000 ± 0.1528"),  # one degree of freedom
+        ([1.0], [1.5, 1.7], ""),
+    ],
+)
+def test_difference_of_means_over_seeds_is_luck_unless_its_interval_excludes_0(first, second, shown):
+    assert tables.mean_difference(first, second) == shown
+
+
 def test_changes_name_the_section_only_where_a_name_is_ambiguous():
     before = {"train.seed": 1, "sample.seed": 1, "model.n_embd": 2, "model.bias": False, "sample.stop": []}
     after = {"train.seed": 2, "sample.seed": 1, "model.n_embd": 3, "model.bias": True, "data.split": "end"}
