@@ -126,7 +126,7 @@ def _run_ids(record: Path) -> str:
     ids = list[str]()
     with suppress(OSError, ValueError):
         ids = Journal(read_run_key(record)).mlflow_ids()
-    return "".join(f"  run ID    {name}\n" for name in ids)
+    return "".join(f"  MLflow ID {name}\n" for name in ids)
 
 
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -148,7 +148,7 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
         sentences.append(f"overfitting since step {since:,}: more training does not help")
     if estimate.value > 0 or (known and not estimate.significant):
         if train["best_step"] == train["steps"]:
-            sentences.append("the loss fell until the last step, so more train.max_iters may help")
+            sentences.append("the last step is the best, so more train.max_iters may help")
         sentences.append("docs/own-text.md explains the signs")
     if known:
         sentences.append("for other trainings, see `minigpt compare`")

@@ -123,7 +123,7 @@ def score_text(
         if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
             print(
                 f"minigpt: the {LONG_NAMES[name]} split is short: {scored.count:,} characters determine the loss to "
-                f"+-{estimate.margin:.2g} nats (95 % confidence)"
+                f"{estimate.margin:.2g} nats on either side (95 % interval)"
             )
     return metrics, losses
 

@@ -128,7 +128,7 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
     trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
     results = [
         ["MLflow run", *(str(each.run.get("name") or "") for each in chosen)],
-        ["run ID", *(each.run_id[:12] for each in chosen)],
+        ["MLflow ID", *(each.run_id[:12] for each in chosen)],
         ["validation loss", *map(_loss, chosen)],
         ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
         ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
