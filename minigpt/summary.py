@@ -4,6 +4,7 @@ import csv
 import itertools
 import math
 import os
+import re
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -163,7 +164,10 @@ def _changed(settings: params.Params) -> str:
 
 
 def _labelled(label: str, text: str) -> str:
-    return textwrap.fill(text, 80, initial_indent=f"  {label:<18}", subsequent_indent=LABEL, break_on_hyphens=False)
+    """Return ``text`` after a label, in lines that end between words but not within a command in backticks."""
+    text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(text, 80, initial_indent=f"  {label:<18}", subsequent_indent=LABEL, break_on_hyphens=False)
+    return lines.replace("\0", " ")
 
 
 NEXT_STEPS = """

@@ -41,3 +41,8 @@ def test_summary_of_an_experiment_in_a_copy_says_how_to_get_its_files(monkeypatc
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("DVC_EXP_NAME", "wider")
     assert summary._place() == "  files     those of the experiment: dvc exp apply wider\n"
+
+
+def test_lines_do_not_end_within_a_command():
+    lines = summary._labelled("verdict", f"{'x' * 50} `minigpt compare`; {'y' * 40}").splitlines()
+    assert [line.strip() for line in lines] == [f"verdict           {'x' * 50}", f"`minigpt compare`; {'y' * 40}"]
