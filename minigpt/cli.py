@@ -249,8 +249,9 @@ def check(files: tuple[Path, ...]) -> None:
 
     for path in files or [profiles.PARAMS]:
         profile = path.parent.name == profiles.DIRECTORY.name
-        check_text(profiles.load_profile(path.stem) if profile else params.load(path))
-        print(f"minigpt: {path}: no mistakes")
+        settings = profiles.load_profile(path.stem) if profile else params.load(path)
+        check_text(settings)
+        print(f"minigpt: {path}, with {settings.data.source}: no mistakes")
 
 
 def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:

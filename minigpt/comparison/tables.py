@@ -30,7 +30,7 @@ STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Standard errors on either side in a 95 % interval, for 1, 2, ... degrees of freedom; the last for more, too."""
 
 SEED = "train.seed"
-MEANING = "After ±: standard error, for text like the validation split."
+MEANING = "After ±: standard error of the loss or of the difference, for text like the validation split."
 ABOUT_MODELS = "Verdicts are about these trained models; --seeds shows how much the seed alone changes a loss."
 OTHER_TEXT = "other text"
 
@@ -223,7 +223,9 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
         '"=" before a difference: it may be the luck of the seeds.',
     ]
     if all(len(group) == 1 for group in groups):
-        notes = ["No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one."]
+        notes = [
+            "No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one; take three."
+        ]
     return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
 
 

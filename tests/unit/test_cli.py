@@ -277,7 +277,11 @@ def test_shell_completion():
 
 def test_check_validates_the_given_files(minigpt, workspace):
     ran = minigpt("check", cwd=workspace)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "minigpt: params.yaml: no mistakes\n", "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (
+        0,
+        "minigpt: params.yaml, with data/songs.txt: no mistakes\n",
+        "",
+    )
     (workspace / "other.yaml").write_text("model: 3\n")
     assert "other.yaml: 5 mistakes" in minigpt("check", "params.yaml", "other.yaml", cwd=workspace).stderr
     profiles = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.yaml"))]
