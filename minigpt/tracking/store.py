@@ -113,9 +113,9 @@ class Store:
         if name in self._experiments:
             return self._experiments[name]
         client = self.connect()
-        location = (workspace() / "mlartifacts").as_uri() if self.local else None
         found = client.get_experiment_by_name(name)
         if found is None:
+            location = (workspace() / "mlartifacts").as_uri() if self.local else None
             try:
                 return self._experiments.setdefault(name, client.create_experiment(name, location))
             except MlflowException:  # another process created it first, or the response was lost
@@ -125,12 +125,6 @@ class Store:
         if found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
             raise UserError(f"experiment '{name}' was deleted there; restore it with `{restore}`")
-        stored = found.artifact_location or ""
-        if location and stored.endswith("/mlartifacts") and stored != location:  # MLflow stores absolute paths
-            raise UserError(
-                f"{database_path(self.uri)}: the repository was moved or copied, and this database still writes to "
-                f"{stored.removeprefix('file://')}; delete it, and `minigpt sync` makes it again from .journal"
-            )
         return self._experiments.setdefault(name, found.experiment_id)
 
     def find_run(self, journal: Journal) -> Run | None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers.tracking import SEND, check_store, find_run, write_run
-from helpers.workspace import ROOT, python
+from helpers.workspace import ROOT
 
 from minigpt.errors import UserError
 from minigpt.tracking import store
@@ -45,28 +45,6 @@ def test_relative_store_is_in_the_main_workspace(monkeypatch, uri, resolved):
     monkeypatch.setenv("DVC_ROOT", "/main/workspace")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert store.resolve_tracking_uri() == resolved
-
-
-def test_store_of_a_moved_repository_is_reported_and_made_again(here, monkeypatch):
-    before, after = here / "before", here / "after"
-    before.mkdir()
-    monkeypatch.setenv("DVC_ROOT", str(before))
-    journal = write_run(steps=2)
-    Uploader(store.resolve_tracking_uri()).send(journal)
-    (before / "mlartifacts").rename(here / "moved")
-    before.rename(after)
-    monkeypatch.setenv("DVC_ROOT", str(after))
-    with pytest.raises(
-        UserError, match=r"the repository was moved or copied, and this database still writes to .*before"
-    ):
-        Uploader(store.resolve_tracking_uri()).send(write_run("b" * 32, steps=2))
-    assert not before.exists()
-    (after / "mlflow.db").unlink()
-    ran = python("-m", "minigpt", "sync", cwd=after, PYTHONPATH=str(ROOT))  # this process still has the file open
-    assert ran.returncode == 0, ran.stderr
-    (after / "mlflow.db").rename(here / "made again.db")
-    for key in "ab":
-        check_store(f"sqlite:///{here}/made again.db", key * 32)
 
 
 @pytest.mark.parametrize("name", ["50%20 a%2F#?b", pytest.param("?uri=true", marks=pytest.mark.slow)])
