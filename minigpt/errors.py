@@ -64,8 +64,8 @@ def run(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(USER_ERROR_DELAY)
         message = f"{prefix if rank else 'minigpt: '}{error}"
-        in_copy = Path(os.environ.get("DVC_ROOT") or ".").resolve() != Path.cwd()  # of an experiment; DVC deletes it
-        if "DVC_STAGE" in os.environ and not in_copy:
+        # An experiment with --temp or --queue runs in a copy of the repository, which DVC deletes.
+        if "DVC_STAGE" in os.environ and os.environ.get("DVC_ROOT", os.getcwd()) == os.getcwd():
             message += "\nminigpt: to restore the outputs of the last successful run, use `dvc checkout dvc.yaml`"
         _exit(1, message)
     except Interrupted as stop:

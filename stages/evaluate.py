@@ -148,10 +148,10 @@ def score_validation(
     sampled = len(val) - 1 > ROUNDED_CHARS
     reference = score(model, val, max_chars=ROUNDED_CHARS).loss if sampled else exact
 
-    def loss(other: GPT) -> float:
+    def score_rounded(other: GPT) -> float:
         return exact if other is model else exact + score(other, val, max_chars=ROUNDED_CHARS).loss - reference
 
-    by_weights = loss_by_weights(model, loss)
+    by_weights = loss_by_weights(model, score_rounded)
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
     print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
     metrics |= {

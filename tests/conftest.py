@@ -46,7 +46,7 @@ def compiled_decoders(tmp_path_factory):
 
 @pytest.fixture
 def minigpt(monkeypatch, capsys):
-    """A function that runs ``minigpt`` in this process, and returns what it printed and its exit status."""
+    """Function that runs ``minigpt`` in this process. It returns the exit status and both printed texts."""
 
     def run(*arguments, stdin=b"", cwd=None):
         with monkeypatch.context() as patch:

@@ -26,7 +26,7 @@ NARROWEST = 20
 MAX_PAIRS = 10
 """Pairs that are compared with each other; of more, only those with the best experiment."""
 
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT_BY_DEGREES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Standard errors on either side in a 95 % interval, for 1, 2, ... degrees of freedom; the last for more, too."""
 
 SEED = "train.seed"
@@ -126,17 +126,17 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
     code = differing([each.code for each in chosen]) if all(each.code for each in chosen) else {}
     keys += [[path, *(str(digest or "-")[:7] for digest in digests)] for path, digests in code.items()]
     trained, measured = ([each.metrics(stage) for each in chosen] for stage in ("train", "evaluate"))
+    tested = any("test" in metrics for metrics in measured)
     results = [
         ["MLflow run", *(str(each.run.get("name") or "") for each in chosen)],
         ["MLflow ID", *(each.run_id[:12] for each in chosen)],
+        *([["test loss", *(_loss(each, "test") for each in chosen)]] if tested else []),
         ["validation loss", *map(_loss, chosen)],
         ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
         ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
         ["parameters", *(_count(metrics.get("parameters")) for metrics in trained)],
         ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
     ]
-    if any("test" in metrics for metrics in measured):
-        results.insert(2, ["test loss", *(_loss(each, "test") for each in chosen)])
     return results, keys
 
 
@@ -214,8 +214,9 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
             {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
         )
         name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        other_text = group is not best and _to_best(best[0], group[0]) == OTHER_TEXT
-        difference = "" if group is best else OTHER_TEXT if other_text else mean_difference(lowest, found)
+        difference = "" if group is best else mean_difference(lowest, found)
+        if _other_text(best[0], group[0]):
+            difference = OTHER_TEXT
         mean = f"{statistics.mean(found):.4f}{spread}"
         table.append([name, mean, str(len(group)), difference, changes(others, setting)])
     notes = [
@@ -230,7 +231,7 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
-    """Return the difference of two mean losses over seeds, with Welch's standard error; nothing for a single seed.
+    """Return the difference of two mean losses in nats, with Welch's standard error; nothing for a single seed.
 
     It begins with "=" unless the 95 % interval excludes 0. That interval has the degrees of freedom of the smaller
     group, fewer than Welch's approximation (1947, The generalization of "Student's" problem, Biometrika 34).
@@ -240,22 +241,27 @@ def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
         return ""
     difference = statistics.mean(second) - statistics.mean(first)
     error = math.sqrt(sum(statistics.variance(losses) / len(losses) for losses in (first, second)))
-    limit = STUDENT_95[min(seeds - 2, len(STUDENT_95) - 1)]
+    limit = STUDENT_BY_DEGREES[min(seeds - 1, len(STUDENT_BY_DEGREES)) - 1]
     return f"{'' if abs(difference) > limit * error else '= '}{difference:+.4f} ± {error:.4f}"
 
 
 def _to_best(best: Experiment, other: Experiment) -> str:
-    """Return the paired difference of two losses, OTHER_TEXT, or nothing if their characters were not stored."""
+    """Return the paired difference of two losses, OTHER_TEXT, or nothing if it cannot be computed."""
+    if _other_text(best, other):
+        return OTHER_TEXT
     with suppress(UserError):
-        first, second = best.losses, other.losses
-        try:
-            estimate = paired.difference(first, second)
-        except UserError:
-            return OTHER_TEXT
+        estimate = paired.difference(best.losses, other.losses)
         if math.isfinite(estimate.standard_error):
             sign = "" if estimate.significant else "= "
             return f"{sign}{estimate.value:+.4f} ± {estimate.standard_error:.4f}"
     return ""
+
+
+def _other_text(first: Experiment, second: Experiment) -> bool:
+    """Return whether two experiments are known to have different validation texts."""
+    with suppress(UserError):
+        return first.losses.text != second.losses.text
+    return False
 
 
 def _loss(experiment: Experiment, split: str = "val") -> str:
@@ -291,7 +297,7 @@ def _value(value: Any) -> str:
 def align(table: list[list[str]], left: tuple[int, ...], width: int = WIDTH) -> list[str]:
     """Return the rows of a table as lines of at most ``width`` columns.
 
-    The columns ``left`` are aligned on the left. The last column is wrapped if it is one of them, else shortened.
+    The columns in ``left`` are aligned on the left. The last column is wrapped if ``left`` has it, else shortened.
     """
     sizes = [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
     used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)

@@ -221,14 +221,13 @@ def sync() -> int:
             starts.update((journal, record["time"]) for record in journal.records()[:1])
         except OSError as error:
             errors.append(f"{journal.folder}: cannot read the journal: {error.strerror}")
-    waiting = sorted(starts, key=lambda journal: starts[journal])
-    while waiting:
-        journal, before = waiting.pop(0), uploader.sent
+    for position, journal in enumerate(sorted(starts, key=lambda journal: starts[journal]), 1):
+        before = uploader.sent
         try:
             _send_with_retries(uploader, journal)
         except Exception as error:
-            responds = uploader.store.responds()
-            runs = "was" if responds or not waiting else f"and {len(waiting)} more were"
+            responds, later = uploader.store.responds(), len(starts) - position
+            runs = "was" if responds or not later else f"and {later} more were"
             errors.append(f"run {journal.key[:8]} {runs} not sent to {uploader.display_uri}: {describe_error(error)}")
             if not responds:
                 break

@@ -150,5 +150,14 @@ def test_one_result_is_listed_once_with_all_its_names_and_another_text_is_named(
     assert any(line.startswith(f"{tables.OTHER_TEXT}: ") for line in lines[4:])
 
 
+def test_difference_that_cannot_be_computed_is_not_called_another_text(tmp_path, monkeypatch):
+    folders = [results_folder(tmp_path / name, two_losses()[0], text=name[:1]) for name in ("a1", "a2", "b")]
+    first, same, other = (Experiment(folder.name, Folder(folder)) for folder in folders)
+    assert tables._to_best(first, other) == tables.OTHER_TEXT
+    assert tables._to_best(first, same).startswith("= ")
+    (folders[1] / "results/evaluate/losses.npz").unlink()
+    assert tables._to_best(first, Experiment("a2", Folder(folders[1]))) == ""
+
+
 def test_seeds_of_single_trainings_name_the_missing_step(pair):
     assert "`dvc exp run --temp -S train.seed=2` adds one" in tables.comparison(pair, seeds=True)

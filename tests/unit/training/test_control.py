@@ -21,6 +21,7 @@ from minigpt.training.control import (
     Signals,
     Stopwatch,
     interruptible,
+    launching_processes,
 )
 
 CPU = torch.device("cpu")
@@ -139,6 +140,12 @@ def test_handlers_are_restored():
     with Signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_nothing_but_dvc_or_torchrun_counts_as_a_launcher(monkeypatch):
+    for name in ("DVC_STAGE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert launching_processes() == []
 
 
 @pytest.mark.parametrize(
