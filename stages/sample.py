@@ -53,7 +53,8 @@ def main() -> None:
             build_page([PageModel.load(MODEL)], folder / "page.html", sampling=sampling, corpus=corpus)
         except errors.UserError as error:  # the model is too large
             print(f"minigpt: no page: {error}")
-    print(f"minigpt: {len(sections)} texts of at most {sampling.max_new_tokens:,} characters in {samples}")
+    texts = "1 text" if len(sections) == 1 else f"{len(sections)} texts"
+    print(f"minigpt: {texts} of at most {sampling.max_new_tokens:,} characters in {samples}")
     print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
     tracker.journal.artifact(samples.parent)
     tracker.note(RESULTS, "train", "evaluate", "sample")

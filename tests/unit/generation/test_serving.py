@@ -53,6 +53,7 @@ def test_a_packaged_model_writes_the_same_text(packaged):
 def contents(folder):
     """Return the files of a package by their paths, read if they are YAML, and without its identity."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {name: content for name, content in files.items() if "__pycache__" not in name}  # the first use adds it
     for name in ("MLmodel", "conda.yaml", "python_env.yaml"):
         files[name] = yaml.safe_load(files[name])
     for key, length in (("model_uuid", 32), ("utc_time_created", 26)):
