@@ -70,10 +70,11 @@ class Revision:
         if shown.returncode == 0:
             return shown.stdout
         from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexError  # of a folder that `dvc gc` removed from the cache
 
         try:
             return bytes(self._outputs.read_bytes(path))
-        except (OSError, DvcException):
+        except (OSError, DvcException, DataIndexError):
             return None
 
     @cached_property

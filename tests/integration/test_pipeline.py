@@ -288,6 +288,11 @@ def test_experiment_is_a_row_in_dvc_and_a_run_in_mlflow(minigpt, copy):
     assert re.search(r"^model.n_embd +20 +24$", compared.stdout, re.MULTILINE), compared.stderr
     assert re.search(r"\n(HEAD|wider) is better than (HEAD|wider) by \d\.\d{4} ± 0\.\d{4} nats \(", compared.stdout)
     assert minigpt("compare", "widr", cwd=copy).stderr.endswith("; did you mean wider?\n")
+    clone = copy.with_name("clone")  # has the commits and experiments, and no cache
+    assert command("git", "clone", "--quiet", copy, clone, cwd=copy).returncode == 0
+    assert command("git", "fetch", "--quiet", "origin", "refs/exps/*:refs/exps/*", cwd=clone).returncode == 0
+    compared = minigpt("compare", "HEAD", "wider", cwd=clone)
+    assert "HEAD: results/evaluate/losses.npz is missing: fetch it with `dvc pull`" in compared.stderr
 
 
 def test_dvc_shows_plots_metrics_and_params(copy):

@@ -33,7 +33,8 @@ def test_params_of_the_lock_file_are_those_of_the_results(folder):
     assert settings["model.n_embd"] == 128
 
 
-def test_missing_and_damaged_results_are_reported(folder, tmp_path):
+def test_missing_and_damaged_results_are_reported(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (folder / "results/evaluate/losses.npz").unlink()
     with pytest.raises(UserError, match=r"results/evaluate/losses.npz is missing: fetch it with `dvc pull`"):
         _ = find(str(folder)).losses
