@@ -261,8 +261,9 @@ def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -
 
 @cli.command()
 @click.argument("name", required=False, shell_complete=complete_profile)
+@click.option("--source", default="", help="a text file or folder in place of the profile's text")
 @click.option("--force", is_flag=True, help="overwrite changes of params.yaml that are not committed to git")
-def profile(name: str | None, force: bool) -> None:
+def profile(name: str | None, source: str, force: bool) -> None:
     """Write the profile NAME into params.yaml, or list the profiles.
 
     A profile in configs/ sets some values of params.yaml. If its text is missing, it is fetched from a DVC remote or
@@ -270,8 +271,9 @@ def profile(name: str | None, force: bool) -> None:
     the list marks the profile that params.yaml has now.
     """
     if name:
-        profiles.write(name, force)
-        print(f"minigpt: params.yaml has the values of {name}; `dvc repro` runs it")
+        profiles.write(name, force, source)
+        text = f", with {source}" if source else ""
+        print(f"minigpt: params.yaml has the values of {name}{text}; `dvc repro` runs it")
         return
     for each in profiles.names():
         print(f"{'*' if profiles.is_applied(each) else ' '} {each:<18} {profiles.describe(each)}")
@@ -370,8 +372,9 @@ def dagshub(repo: str) -> None:
     REPO is user/repo. The token comes from DAGSHUB_USER_TOKEN or from `dagshub login`; in a terminal, the command asks
     for it.
     """
-    from minigpt.tracking import dagshub
+    from minigpt.tracking import credentials, dagshub
 
+    credentials.dagshub_page(repo)  # a mistake in the name comes before a question for the token
     dagshub.connect(repo, dagshub.read_token())
 
 

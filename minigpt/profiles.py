@@ -28,8 +28,11 @@ def describe(name: str, root: Path = Path()) -> str:
     return params.read_text(root / DIRECTORY / f"{name}.yaml").partition("\n")[0].removeprefix("# ")
 
 
-def apply(name: str, text: str, root: Path = Path()) -> str:
-    """Return the text of ``params.yaml`` with the values of a profile; comments and layout are kept."""
+def apply(name: str, text: str, root: Path = Path(), source: str = "") -> str:
+    """Return the text of ``params.yaml`` with the values of a profile, and ``source`` as ``data.source`` if given.
+
+    Comments and layout are kept.
+    """
     if name not in names(root):
         raise UserError(f"{root / DIRECTORY / name}.yaml: no such profile; `minigpt profile` lists them")
     yaml = YAML()
@@ -43,6 +46,8 @@ def apply(name: str, text: str, root: Path = Path()) -> str:
                 tree[section].update(values)
             else:  # a mistake, which the validation reports
                 tree[section] = values
+    if source:
+        tree["data"]["source"] = source
     written = io.StringIO()
     yaml.dump(tree, written)
     return written.getvalue()
@@ -55,10 +60,10 @@ def _load(yaml: YAML, text: str, source: str) -> Any:
     return yaml.load(text) or {}
 
 
-def load_profile(name: str, root: Path = Path()) -> params.Params:
-    """Return the params of ``params.yaml`` in the folder ``root`` with the values of a profile."""
+def load_profile(name: str, root: Path = Path(), source: str = "") -> params.Params:
+    """Return the params of ``params.yaml`` in ``root`` with a profile and, if given, the text ``source``."""
     text = params.read_text(root / PARAMS)
-    return params.parse(apply(name, text, root), f"{DIRECTORY / name}.yaml")
+    return params.parse(apply(name, text, root, source), f"{DIRECTORY / name}.yaml")
 
 
 def is_applied(name: str) -> bool:
@@ -66,20 +71,22 @@ def is_applied(name: str) -> bool:
     return load_profile(name) == params.load(PARAMS)
 
 
-def write(name: str, force: bool = False) -> None:
-    """Apply a profile to ``params.yaml``, and fetch its text if that is missing.
+def write(name: str, force: bool = False, source: str = "") -> None:
+    """Apply a profile to ``params.yaml``, with the text ``source`` or else its own, which is fetched if it is missing.
 
     Only ``force`` overwrites values that neither git nor a profile holds.
     """
     params.load(PARAMS)
-    source = load_profile(name).data.source
+    if source and not Path(source).exists():
+        raise UserError(f"{source}: no such file or folder; --source names a text inside this repository")
+    text = load_profile(name, source=source).data.source
     if not (force or _is_committed() or any(map(is_applied, names()))):
         raise UserError(
             f"{PARAMS}: has changes that are not committed to git, and the profile would overwrite them; "
             "commit the file, or use --force to overwrite it"
         )
-    texts.fetch(Path(source))
-    PARAMS.write_text(apply(name, params.read_text(PARAMS)), encoding="utf-8")
+    texts.fetch(Path(text))
+    PARAMS.write_text(apply(name, params.read_text(PARAMS), source=source), encoding="utf-8")
 
 
 def _is_committed() -> bool:

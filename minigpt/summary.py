@@ -15,6 +15,7 @@ from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
 from minigpt.evaluation.paired import Estimate
 from minigpt.files import read_run_key, require_json, workspace
+from minigpt.git import git
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import local_store_uri, resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
@@ -37,7 +38,7 @@ def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
         if not (results / name).is_file():
             raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
     try:
-        return _summary(model, results) + (NEXT_STEPS if next_steps else "")
+        return _summary(model, results) + (_next_steps() if next_steps else "")
     except (OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{results}: damaged ({reason}); `dvc checkout dvc.yaml` restores the files") from None
@@ -57,7 +58,7 @@ def _summary(model: Path, results: Path) -> str:
     local = uri == local_store_uri()
     minutes, seconds = divmod(round(train["train_seconds"]), 60)
     return f"""
-  {settings.data.source}
+{_source(results / "train" / "run.json", settings.data.source)}\
   {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
 {_verdict(train, evaluation)}{_changed(settings)}
@@ -80,6 +81,15 @@ def _summary(model: Path, results: Path) -> str:
 {_run_ids(results / "train" / "run.json")}"""
 
 
+def _source(record: Path, current: str) -> str:
+    """Return the text of the run that a file run.json names; and that params.yaml names another, if it does."""
+    source = current
+    with suppress(UserError):  # copied results may have no such file
+        source = require_json(record, "a run").get("source", current)
+    warning = f"  not {current}, the text in params.yaml: `dvc checkout dvc.yaml` or `dvc repro` brings its results\n"
+    return f"  {source}\n{warning if source != current else ''}"
+
+
 def _loss(label: str, metrics: dict[str, Any]) -> str:
     """Return the exact loss of a split as two lines."""
     error = f", standard error {metrics['standard_error']:.2g}" if "standard_error" in metrics else ""
@@ -99,7 +109,9 @@ def _place() -> str:
     """Return how to get the files of an experiment that ran in a copy of the workspace, as a line; nothing without."""
     if workspace() == Path.cwd():
         return ""
-    return f"  files     those of the experiment: dvc exp apply {os.environ.get('DVC_EXP_NAME', 'NAME')}\n"
+    return (
+        f"  Not in this folder yet: dvc exp apply {os.environ.get('DVC_EXP_NAME', 'NAME')} brings these files here.\n\n"
+    )
 
 
 def _by_file(path: Path) -> str:
@@ -170,14 +182,22 @@ def _labelled(label: str, text: str) -> str:
     return lines.replace("\0", " ")
 
 
-NEXT_STEPS = """
+def _next_steps() -> str:
+    """Return commands to continue with; without the commit of the results if git has them."""
+    commit = COMMIT if git("status", "--porcelain", "--", "dvc.lock", "params.yaml", "data") else ""
+    return f"""
   Next steps
 
     source .venv/bin/activate
-    git add dvc.lock params.yaml                      commit the baseline:
-    git commit -m "First run"
+{commit}\
     dvc exp run --temp -n wider -S model.n_embd=512   train a wider model
     minigpt compare                                   compare the experiments
     make ui                                           show the curves
     make shakespeare                                  train on a larger text
+"""
+
+
+COMMIT = """\
+    git add dvc.lock params.yaml data                 commit the baseline:
+    git commit -m "First run"
 """

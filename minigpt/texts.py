@@ -1,6 +1,9 @@
-"""Texts that DVC tracks but git does not have: fetched from a DVC remote, or from the address of their publisher.
+"""Texts that git does not have: fetched from a DVC remote, or from the address of their publisher.
 
 python -m minigpt.texts data/shakespeare.txt
+
+``data/shakespeare.txt.yaml`` describes such a text. It is copied to ``data/shakespeare.txt.dvc`` when the text is
+fetched, not before: a .dvc file without its text would make ``dvc checkout`` and ``dvc exp apply`` fail.
 """
 
 import hashlib
@@ -19,14 +22,26 @@ TIMEOUT = 30  # seconds without data after which a download counts as failed
 
 
 def fetch(text: Path) -> None:
-    """Write a text that is missing, if there is a file ``<text>.dvc`` that names its digest.
+    """Write a text that is missing, and its .dvc file, if ``<text>.yaml`` or ``<text>.dvc`` names its digest.
 
     Its first source is DVC's cache or remote, the second the address in ``meta.url`` of that file. Raise UserError if
     neither has the text with that digest.
     """
-    record = Path(f"{text}.dvc")
-    if text.exists() or not record.is_file():
+    description, record = Path(f"{text}.yaml"), Path(f"{text}.dvc")
+    if text.exists() or not (description.is_file() or record.is_file()):
         return
+    if created := not record.is_file():
+        write_atomically(record, description.read_bytes())
+    try:
+        _fetch(text, record)
+    except BaseException:
+        if created:
+            record.unlink()
+        raise
+
+
+def _fetch(text: Path, record: Path) -> None:
+    """Write the text that a .dvc file describes."""
     tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
     digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
     dvc = [sys.executable, "-m", "dvc"]

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
 
-LONG_NAMES = {"val": "validation", "test": "test"}
 SHORT, UNCERTAIN = 10_000, 0.01
 """A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
 
@@ -122,8 +121,8 @@ def score_text(
         metrics["standard_error"] = estimate.standard_error
         if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
             print(
-                f"minigpt: the {LONG_NAMES[name]} split is short: {scored.count:,} characters determine the loss to "
-                f"{estimate.margin:.2g} nats on either side (95 % interval)"
+                f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats (95 % "
+                f"interval), because the split has only {scored.count:,} characters"
             )
     return metrics, losses
 

@@ -85,7 +85,7 @@ def begin(tracker: Tracker, trainer: Trainer, settings: params.Params) -> None:
     tracker.begin(settings, corpus.digest, sizes, trainer.group.device)
     if settings.train.init_from:
         tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})
-    run = f"run {tracker.journal.key[:8]} is tracked in {tracker.display_uri}"
+    run = f"run {tracker.journal.key[:8]} goes to {tracker.display_uri}"
     print(f"minigpt: {trainer.describe()}; {run}")
 
 

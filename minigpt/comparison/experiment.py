@@ -28,6 +28,9 @@ from minigpt.tracking.journal import Journal
 RESULTS = PurePosixPath("results")
 Row = dict[str, Any]
 
+MAX_COMMITS = 10
+"""Earlier commits whose results are listed and searched. Reading one takes up to a second."""
+
 
 class Files(Protocol):
     """Files of an experiment."""
@@ -108,9 +111,18 @@ class Experiment:
     @cached_property
     def code(self) -> dict[str, str]:
         """Digests of the files and folders of code that made the model, by path."""
-        train = (self._yaml("dvc.lock").get("stages") or {}).get("train", {})
-        deps = {str(dep.get("path")): str(dep.get("md5")) for dep in train.get("deps", ())}
+        deps = self._digests("deps")
         return {path: digest for path, digest in deps.items() if path.startswith(("minigpt/", "stages/"))}
+
+    @property
+    def weights(self) -> str:
+        """Digest of the exported model, or an empty text. Models with equal digests are bitwise equal."""
+        return self._digests("outs").get("models/gpt", "")
+
+    def _digests(self, kind: str) -> dict[str, str]:
+        """Return the digests of the inputs (``deps``) or outputs (``outs``) of the training, by path."""
+        train = (self._yaml("dvc.lock").get("stages") or {}).get("train", {})
+        return {str(entry.get("path")): str(entry.get("md5")) for entry in train.get(kind, ())}
 
     def _yaml(self, path: str) -> dict[str, Any]:
         content = params.read_yaml((self.files.read(path) or b"").decode("utf-8", "replace"), f"{self.name}: {path}")
@@ -183,6 +195,13 @@ def experiments() -> Iterator[Experiment]:
             yield Experiment(name, Revision(commit), int(created), baseline=baseline.replace("/", ""))
 
 
+def committed() -> Iterator[Experiment]:
+    """Yield the results that the branch has in its last MAX_COMMITS changes of ``dvc.lock``, the newest first."""
+    listed = git("log", f"--max-count={MAX_COMMITS}", "--format=%h %H %ct", "--", "dvc.lock")
+    for abbreviated, commit, created in map(str.split, listed.splitlines()):
+        yield Experiment(abbreviated, Revision(commit), int(created))
+
+
 def _is_run(experiment: Experiment, name: str) -> bool:
     """Return whether an experiment has the run with this name, or with this start of its key or of its MLflow ID."""
     run = experiment.run
@@ -213,7 +232,7 @@ def find(name: str) -> Experiment:
     if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return Experiment(name, Revision(commit))
     workspace = [Experiment("workspace", Folder(Path()))] if Path(RESULTS).is_dir() else []
-    if found := next((each for each in [*known, *workspace] if _is_run(each, name)), None):
+    if found := next((each for each in [*known, *workspace, *committed()] if _is_run(each, name)), None):
         return found
     import difflib
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import params
-from minigpt.comparison.experiment import Experiment, Folder, Revision, experiments
+from minigpt.comparison.experiment import Experiment, Folder, Revision, committed, experiments
 from minigpt.errors import UserError
 from minigpt.evaluation import paired
 from minigpt.evaluation.paired import Estimate
@@ -57,7 +57,7 @@ def overview(seeds: bool = False) -> str:
             _count(train.get("parameters")), duration(train.get("train_seconds")),
             changes(reference, each.params),
         ])  # fmt: skip
-    notes = [MEANING, '"=" before a difference: its 95 % interval includes 0, so it may be luck.']
+    notes = [MEANING, '"=" before a difference: its 95 % interval includes 0, so it may be luck.', ABOUT_MODELS]
     if any(OTHER_TEXT in row for row in table):
         notes.append(f"{OTHER_TEXT}: the validation texts differ, so the losses cannot be compared.")
     if any(row[0].endswith("*") for row in table):
@@ -68,18 +68,24 @@ def overview(seeds: bool = False) -> str:
 
 
 def _known() -> list[Experiment]:
-    """Return the current commit, the experiments and the workspace; each result once, with all its names."""
-    candidates = [*experiments(), Experiment("workspace", Folder(Path()))]
+    """Return the results of the current commit, experiments, workspace and earlier commits; each once, with its names.
+
+    An earlier commit is named only if no other name leads to its result.
+    """
+    named = [*experiments(), Experiment("workspace", Folder(Path()))]
     if commit := git("rev-parse", "--verify", "--quiet", "HEAD"):
         branch = git("symbolic-ref", "--short", "--quiet", "HEAD") or commit[:7]
-        candidates.insert(0, Experiment(branch, Revision(commit)))
+        named.insert(0, Experiment(branch, Revision(commit)))
     found: dict[Any, Experiment] = {}
-    for each in candidates:
+    for each in named:
         if each.val_loss is None:
             continue
         first = found.setdefault(_identity(each), each)
         if first is not each and each.name != "workspace":
             first.name += f", {each.name}"
+    for each in committed():
+        if each.val_loss is not None:
+            found.setdefault(_identity(each), each)
     return list(found.values())
 
 
@@ -135,6 +141,7 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
         ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
         ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
         ["parameters", *(_count(metrics.get("parameters")) for metrics in trained)],
+        *([["weights, digest", *digests]] if any(digests := [each.weights[:7] for each in chosen]) else []),
         ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
     ]
     return results, keys
@@ -213,7 +220,7 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
         setting, others = (
             {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
         )
-        name = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+        name = group[0].name if len(group) == 1 else f"{group[0].name.split(', ')[0]} and {len(group) - 1} more"
         difference = "" if group is best else mean_difference(lowest, found)
         if _other_text(best[0], group[0]):
             difference = OTHER_TEXT
@@ -231,14 +238,14 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
-    """Return the difference of two mean losses in nats, with Welch's standard error; nothing for a single seed.
+    """Return the difference of two mean losses in nats, with Welch's standard error, which a single seed cannot have.
 
     It begins with "=" unless the 95 % interval excludes 0. That interval has the degrees of freedom of the smaller
     group, fewer than Welch's approximation (1947, The generalization of "Student's" problem, Biometrika 34).
     """
     seeds = min(len(first), len(second))
     if seeds < 2:
-        return ""
+        return "one seed"
     difference = statistics.mean(second) - statistics.mean(first)
     error = math.sqrt(sum(statistics.variance(losses) / len(losses) for losses in (first, second)))
     limit = STUDENT_BY_DEGREES[min(seeds - 1, len(STUDENT_BY_DEGREES)) - 1]

@@ -85,6 +85,6 @@ def difference(first: CharacterLosses, second: CharacterLosses) -> Estimate:
     if first.segment != second.segment:
         raise UserError(
             f"the losses have segments of {first.segment} and {second.segment} characters; "
-            "run `dvc repro --force evaluate` for both"
+            "run `dvc repro --force --single-item evaluate` for both"
         )
     return batch_means(second.nats.astype(np.float64) - first.nats, first.lengths)

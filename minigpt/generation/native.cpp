@@ -351,6 +351,7 @@ void forward(const Model &model, const Call &call) {
                     }
                     std::copy_n(new_k, S, k + slot * S);
                     std::copy_n(new_k + H * S, S, v + slot * S);
+                    // The causal mask: slots from begin to this one, and none after it.
                     const int64_t begin = std::max<int64_t>(0, slot + 1 - model.window);
                     const auto attention = S == 64 ? attend<64, Real, Stored, Input> : S == 32 ? attend<32, Real, Stored, Input> : attend<0, Real, Stored, Input>;
                     attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * attended + h * S]);

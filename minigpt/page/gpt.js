@@ -215,6 +215,7 @@ class GPT {
     keys.set(qkv.subarray(width, 2 * width), slot * width);
     values.set(qkv.subarray(2 * width), slot * width);
 
+    // The causal mask: slots from the first to this one, and none after it.
     const first = Math.max(0, slot + 1 - cache.window), y = new Float32Array(width);
     if (probe) probe.attention.push([]);
     for (let h = 0; h < H; h++) {

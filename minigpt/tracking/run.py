@@ -168,8 +168,8 @@ class Tracker:
         journal.status("FINISHED")
         named = journal.records("name")[0]
         origin = " (trained elsewhere)" if named.get("restored") else ""
-        print(f"minigpt: {name} added to run {journal.key[:8]} '{named['name']}'{origin} in {self.display_uri}")
-        self.finish()
+        if self.finish():
+            print(f"minigpt: {name} added to run {journal.key[:8]} '{named['name']}'{origin} in {self.display_uri}")
 
     def upload(self) -> None:
         """Flush the journal to the disk and request an upload. Only the first failure is reported."""
@@ -180,8 +180,8 @@ class Tracker:
             problem = f"{self.display_uri} does not accept the run: {describe_error(self._background.error)}"
             print(f"minigpt: {problem}; training continues, and the journal keeps all records", file=sys.stderr)
 
-    def finish(self) -> None:
-        """Upload the remaining records. If that takes too long, report how to send them later."""
+    def finish(self) -> bool:
+        """Upload the remaining records, and return whether the store has all. If not, report how to send them later."""
         self.journal.flush()
         if self._uploader.store.local:
             self._background.error = None
@@ -190,6 +190,7 @@ class Tracker:
             missing = f"{self._uploader.missing(self.journal)} records of run {self.journal.key[:8]}"
             problem = f"{missing} are not in {self.display_uri} yet: {reason}"
             print(f"minigpt: {problem}; run `minigpt sync` to send them", file=sys.stderr)
+        return not reason
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Call an action that only tracking needs. An error is reported and does not end the training."""

@@ -71,7 +71,9 @@ def _run_table(store: Store, address: str) -> str:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{store.display_uri}: cannot open the experiment '{name}': {describe_error(error)}") from None
+        problem = f"{store.display_uri}: cannot open the experiment '{name}': {describe_error(error)}"
+        here = "`MINIGPT_TRACKING=local make sync ui` shows the runs of this repository"
+        raise UserError(f"{problem}; {here}" if not store.local else problem) from None
     # MLflow 3 opens an experiment in a view for language models, which has no runs. MLflow 2 ignores the parameter.
     return f"{address}/#/experiments/{number}/runs?workflowType=machine_learning"
 

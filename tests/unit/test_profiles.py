@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 
 import pytest
@@ -49,6 +50,21 @@ def test_profile_keeps_comments_and_layout(name):
     assert comments(written) == comments(SHIPPED)
     assert [line.find("#") for line in written.splitlines()] == [line.find("#") for line in SHIPPED.splitlines()]
     assert profiles.apply("default", written, ROOT) == SHIPPED
+
+
+def test_profile_gets_another_text(minigpt, tmp_path):
+    for name in ("params.yaml", "configs/default.yaml", "configs/short-text.yaml", "data/drama.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    missing = minigpt("profile", "short-text", "--source", "data/mine.txt", cwd=tmp_path)
+    assert missing.stderr.startswith("minigpt: data/mine.txt: no such file or folder")
+    (tmp_path / "data/mine.txt").write_text("To be, or not to be")
+    written = minigpt("profile", "short-text", "--source", "data/mine.txt", cwd=tmp_path)
+    assert (
+        written.stdout == "minigpt: params.yaml has the values of short-text, with data/mine.txt; `dvc repro` runs it\n"
+    )
+    assert load(tmp_path / "params.yaml").data.source == "data/mine.txt"
+    assert comments((tmp_path / "params.yaml").read_text()) == comments(SHIPPED)
 
 
 def test_profiles_can_follow_one_another():

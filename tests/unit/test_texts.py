@@ -25,7 +25,7 @@ class Publisher(Loopback):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A DVC repository without a remote that tracks data/text.txt, which is missing."""
+    """A DVC repository without a remote, and with a folder for a text that is missing."""
     folder = tmp_path / "work"
     (folder / "data").mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -37,17 +37,17 @@ def repository(tmp_path, monkeypatch):
 def track(folder, url):
     digest = hashlib.md5(TEXT).hexdigest()
     record = {"meta": {"url": url}, "outs": [{"md5": digest, "size": len(TEXT), "hash": "md5", "path": "text.txt"}]}
-    (folder / "data/text.txt.dvc").write_text(yaml.safe_dump(record))
+    (folder / "data/text.txt.yaml").write_text(yaml.safe_dump(record))
     return digest
 
 
 def test_text_comes_from_its_address_and_can_be_pushed_and_pulled(repository, tmp_path):
     with Publisher(TEXT) as publisher:
         digest = track(repository, f"{publisher.url}/text.txt")
-        before = (repository / "data/text.txt.dvc").read_bytes()
+        described = (repository / "data/text.txt.yaml").read_bytes()
         fetch(repository / "data/text.txt")
         assert (repository / "data/text.txt").read_bytes() == TEXT
-        assert (repository / "data/text.txt.dvc").read_bytes() == before
+        assert (repository / "data/text.txt.dvc").read_bytes() == described
         requests = len(publisher.requests)
         remote = tmp_path / "remote"
         assert command("dvc", "remote", "add", "--default", "storage", remote, cwd=repository).returncode == 0
@@ -71,19 +71,19 @@ def test_text_without_a_source_is_one_sentence_with_the_ways_out(repository, pat
         track(repository, publisher.url + path)
         with pytest.raises(UserError, match=rf"text\.txt: DVC's remote does not have it.*({reason}).*dvc remote add"):
             fetch(repository / "data/text.txt")
-    assert not (repository / "data/text.txt").exists()
+    assert [path.name for path in (repository / "data").iterdir()] == ["text.txt.yaml"]
 
 
 def test_text_of_the_user_and_untracked_texts_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    (tmp_path / "mine.txt.dvc").write_text("not read")
+    (tmp_path / "mine.txt.yaml").write_text("not read")
     fetch(tmp_path / "mine.txt")
     fetch(tmp_path / "missing.txt")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_profile_without_its_text_leaves_params_as_they_are(workspace):
-    record = workspace / "data/shakespeare.txt.dvc"
+    record = workspace / "data/shakespeare.txt.yaml"
     record.write_text(record.read_text().replace("https://raw.githubusercontent.com", "http://127.0.0.1:9"))
     before = (workspace / "params.yaml").read_bytes()
     ran = python("-m", "minigpt", "profile", "shakespeare-cpu", "--force", cwd=workspace)

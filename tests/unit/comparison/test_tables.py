@@ -92,7 +92,7 @@ def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
     lines = tables.comparison(chosen, seeds=True).splitlines()
     mean = float(np.mean([each.val_loss for each in chosen[:3]]))
     assert lines[1].split() == ["e0", "and", "2", "more", f"{mean:.4f}", "±", "0.1528", "3"]
-    assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "n_embd=512"]
+    assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "one", "seed", "n_embd=512"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
         ([1.0, 1.2, 1.4], [2.0, 2.2, 2.4], "+1.0000 ± 0.1633"),  # 6.1 standard errors, and 4.3 are needed
         ([1.0, 1.2, 1.4], [1.5, 1.7, 1.9], "= +0.5000 ± 0.1633"),
         ([1.0, 1.2], [1.5, 1.7, 1.9], "= +0.6000 ± 0.1528"),  # one degree of freedom
-        ([1.0], [1.5, 1.7], ""),
+        ([1.0], [1.5, 1.7], "one seed"),
     ],
 )
 def test_difference_of_means_over_seeds_is_luck_unless_its_interval_excludes_0(first, second, shown):
@@ -139,13 +139,15 @@ def test_test_loss_is_reported_before_the_validation_loss(pair, monkeypatch):
 def test_one_result_is_listed_once_with_all_its_names_and_another_text_is_named(tmp_path, pair, monkeypatch):
     copy = Experiment("gyral-snob", pair[0].files)
     other = Experiment("songs", Folder(results_folder(tmp_path / "other", two_losses()[0] + 1, text="another text")))
-    monkeypatch.setattr(tables, "experiments", lambda: iter([copy, other, pair[1]]))
+    earlier = [Experiment(name, files) for name, files in (("f603e44", other.files), ("aaaaaaa", pair[0].files))]
+    monkeypatch.setattr(tables, "experiments", lambda: iter([copy, pair[1]]))
+    monkeypatch.setattr(tables, "committed", lambda: iter(earlier))
     monkeypatch.setattr(tables, "git", lambda *arguments: "main" if arguments[0] == "symbolic-ref" else "a" * 40)
     monkeypatch.setattr(tables, "Revision", lambda commit: pair[0].files)
     monkeypatch.chdir(pair[0].files.root)
     lines = tables.overview().splitlines()
     names = [line.split("  ")[0] for line in lines[1:4]]
-    assert names == ["second", "main, gyral-snob*", "songs"]
+    assert names == ["second", "main, gyral-snob*", "f603e44"]
     assert [tables.OTHER_TEXT in line for line in lines[1:4]] == [False, False, True]
     assert any(line.startswith(f"{tables.OTHER_TEXT}: ") for line in lines[4:])
 
