@@ -110,8 +110,8 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     terminal, it starts from a newline.
 
     \b
-    minigpt write "ROMEO:"
-    echo "ROMEO:" | minigpt write --temperature 1 --stop "JULIET:"
+    minigpt write "HALE:"
+    echo "HALE:" | minigpt write --temperature 1 --stop "TOBIT:"
     """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
     prompt = (read_prompt() if prompt is None else from_argument(prompt, "the prompt")) or "\n"
     if options["seed"] is None:

@@ -184,7 +184,7 @@ def _labelled(label: str, text: str) -> str:
 
 def _next_steps() -> str:
     """Return commands to continue with; without the commit of the results if git has them."""
-    commit = COMMIT if git("status", "--porcelain", "--", "dvc.lock", "params.yaml", "data") else ""
+    commit = COMMIT if git("status", "--porcelain", "--", "dvc.lock", "params.yaml") else ""
     return f"""
   Next steps
 
@@ -198,6 +198,6 @@ def _next_steps() -> str:
 
 
 COMMIT = """\
-    git add dvc.lock params.yaml data                 commit the baseline:
+    git add dvc.lock params.yaml                      commit the baseline:
     git commit -m "First run"
 """

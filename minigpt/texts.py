@@ -38,6 +38,8 @@ def fetch(text: Path) -> None:
         if created:
             record.unlink()
         raise
+    if created:  # the next commit has it, and so do the experiments after it
+        subprocess.run(["git", "add", "--", str(record)], check=False, capture_output=True)
 
 
 def _fetch(text: Path, record: Path) -> None:

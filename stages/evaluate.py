@@ -121,8 +121,8 @@ def score_text(
         metrics["standard_error"] = estimate.standard_error
         if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
             print(
-                f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats (95 % "
-                f"interval), because the split has only {scored.count:,} characters"
+                f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats "
+                f"(95 % interval); more than {scored.count:,} characters would be more certain"
             )
     return metrics, losses
 

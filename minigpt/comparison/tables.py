@@ -49,17 +49,18 @@ def overview(seeds: bool = False) -> str:
     names = ["experiment", "test loss", "loss", "to the best", "parameters", "time", "changed params"]
     table = [names if tested else [names[0], *names[2:]]]
     for each in rows:
+        lowest = next(row for row in rows if _text(row) == _text(each))
         mark = "*" if _identity(each) == here and each.name != "workspace" else ""
         train = each.metrics("train")
         table.append([
             each.name + mark, *([_loss(each, "test")] if tested else []), _loss(each),
-            "" if each is rows[0] else _to_best(rows[0], each),
+            "" if each is rows[0] else _to_best(rows[0] if each is lowest else lowest, each),
             _count(train.get("parameters")), duration(train.get("train_seconds")),
             changes(reference, each.params),
         ])  # fmt: skip
     notes = [MEANING, '"=" before a difference: its 95 % interval includes 0, so it may be luck.', ABOUT_MODELS]
     if any(OTHER_TEXT in row for row in table):
-        notes.append(f"{OTHER_TEXT}: the validation texts differ, so the losses cannot be compared.")
+        notes.append(f"{OTHER_TEXT}: the best on a text with which the losses above cannot be compared.")
     if any(row[0].endswith("*") for row in table):
         notes.append("* has the results in the workspace.")
     if tested:
@@ -213,7 +214,6 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
     """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first."""
     losses = [[each.val_loss for each in group if each.val_loss is not None] for group in groups]
     ordered = sorted(zip(losses, groups, strict=True), key=lambda pair: statistics.mean(pair[0]))
-    (lowest, best), *_ = ordered
     table = [["experiments", "mean loss", "seeds", "to the best", "changed params"]]
     for found, group in ordered:
         spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
@@ -221,8 +221,9 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
             {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
         )
         name = group[0].name if len(group) == 1 else f"{group[0].name.split(', ')[0]} and {len(group) - 1} more"
+        lowest, best = next(pair for pair in ordered if _text(pair[1][0]) == _text(group[0]))
         difference = "" if group is best else mean_difference(lowest, found)
-        if _other_text(best[0], group[0]):
+        if group is best and _other_text(ordered[0][1][0], group[0]):
             difference = OTHER_TEXT
         mean = f"{statistics.mean(found):.4f}{spread}"
         table.append([name, mean, str(len(group)), difference, changes(others, setting)])
@@ -266,9 +267,14 @@ def _to_best(best: Experiment, other: Experiment) -> str:
 
 def _other_text(first: Experiment, second: Experiment) -> bool:
     """Return whether two experiments are known to have different validation texts."""
+    return bool(_text(first) and _text(second) and _text(first) != _text(second))
+
+
+def _text(experiment: Experiment) -> str:
+    """Return the digest of the validation text, empty if the losses of its characters are missing."""
     with suppress(UserError):
-        return first.losses.text != second.losses.text
-    return False
+        return experiment.losses.text
+    return ""
 
 
 def _loss(experiment: Experiment, split: str = "val") -> str:

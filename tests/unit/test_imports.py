@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": {"generation", *EVALUATION},
     "page": {"evaluation", "export", "quantize", *MODEL},
     "comparison": {"evaluation", "data", "page", "tracking", "git", *BASE},
-    "summary": {"comparison", "evaluation", "tracking", *BASE},
+    "summary": {"comparison", "evaluation", "tracking", "git", *BASE},
     "cli": {"profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},
     "__init__": set(),
