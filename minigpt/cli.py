@@ -297,8 +297,8 @@ def compare(experiments: tuple[str, ...], seeds: bool, html: Path | None) -> Non
     """Compare the params and losses of EXPERIMENTS.
 
     Each is a DVC experiment, a git revision, a folder with a workspace, `workspace`, or a run: its name, or at least
-    six digits of its ID in MLflow. The difference of two losses is paired: both models score the same characters.
-    Without EXPERIMENTS, the command lists those of this workspace, the best first.
+    six digits of its key or of its ID in MLflow. The difference of two losses is paired: both models score the same
+    characters. Without EXPERIMENTS, the command lists those of this workspace, the best first.
 
     \b
     minigpt compare

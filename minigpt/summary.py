@@ -78,7 +78,7 @@ def _summary(model: Path, results: Path) -> str:
   metrics   {results}/evaluate/metrics.json, {results}/train/history.csv
   charts    dvc plots show
   runs      {"mlflow.db" if local else uri}
-{_run_ids(results / "train" / "run.json")}"""
+{_run_ids(results / "train" / "run.json", uri)}"""
 
 
 def _source(record: Path, current: str) -> str:
@@ -134,12 +134,12 @@ def _by_file(path: Path) -> str:
     return label + f"\n{LABEL}".join(lines) + "\n"
 
 
-def _run_ids(record: Path) -> str:
-    """Return MLflow's IDs of the run that a file run.json names, as lines."""
-    ids = list[str]()
+def _run_ids(record: Path, uri: str) -> str:
+    """Return MLflow's IDs of the run that a file run.json names, as lines; with the store if it is not ``uri``."""
+    ids = dict[str, str]()
     with suppress(OSError, ValueError):
         ids = Journal(read_run_key(record)).mlflow_ids()
-    return "".join(f"  MLflow ID {name}\n" for name in ids)
+    return "".join(f"  MLflow ID {name}{'' if store == uri else f' in {store}'}\n" for store, name in ids.items())
 
 
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:

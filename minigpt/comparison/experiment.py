@@ -24,6 +24,8 @@ from minigpt.evaluation.character_losses import FILE, CharacterLosses
 from minigpt.files import is_run_key
 from minigpt.git import git
 from minigpt.tracking.journal import Journal
+from minigpt.tracking.store import resolve_tracking_uri
+from minigpt.tracking.uploader import Uploader
 
 RESULTS = PurePosixPath("results")
 Row = dict[str, Any]
@@ -139,9 +141,11 @@ class Experiment:
 
     @property
     def run_id(self) -> str:
-        """ID of the MLflow run, or an empty text if it is not known here."""
+        """ID of the MLflow run in the present store, or an empty text if it is not known here."""
         key = str(self.run.get("run", ""))
-        return next(iter(Journal(key).mlflow_ids()), "") if is_run_key(key) else ""
+        return (
+            Journal(key).mlflow_ids().get(Uploader(resolve_tracking_uri()).display_uri, "") if is_run_key(key) else ""
+        )
 
     def _json(self, path: PurePosixPath) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
@@ -207,7 +211,7 @@ def _is_run(experiment: Experiment, name: str) -> bool:
     run = experiment.run
     key = str(run.get("run", ""))
     if re.fullmatch("[0-9a-f]{6,32}", name):
-        ids = [key, *(Journal(key).mlflow_ids() if is_run_key(key) else [])]
+        ids = [key, *(Journal(key).mlflow_ids().values() if is_run_key(key) else [])]
         return any(each.startswith(name) for each in ids)
     return bool(name) and run.get("name") == name
 

@@ -37,7 +37,7 @@ OTHER_TEXT = "other text"
 
 def overview(seeds: bool = False) -> str:
     """Return a table of the experiments of this workspace, the lowest validation loss first."""
-    rows = _known()
+    rows, without = _known()
     if not rows:
         raise UserError("no experiment has results yet; `dvc repro` or `dvc exp run` makes one")
     reference = committed_params("HEAD") or rows[0].params
@@ -63,17 +63,21 @@ def overview(seeds: bool = False) -> str:
         notes.append(f"{OTHER_TEXT}: the best on a text with which the losses above cannot be compared.")
     if any(row[0].endswith("*") for row in table):
         notes.append("* has the results in the workspace.")
+    if without:
+        notes.append(f"Without results here: {', '.join(without)}. `dvc exp pull` or `dvc pull` may bring them.")
     if tested:
         notes.append("The order follows the validation loss. Choose by it, and report the test loss of your choice.")
     return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
 
 
-def _known() -> list[Experiment]:
-    """Return the results of the current commit, experiments, workspace and earlier commits; each once, with its names.
+def _known() -> tuple[list[Experiment], list[str]]:
+    """Return the results that are known here, each once with all its names, and names of experiments without results.
 
-    An earlier commit is named only if no other name leads to its result.
+    They are those of the current commit, the experiments, the workspace, and earlier commits. An earlier commit is
+    named only if no other name leads to its result.
     """
-    named = [*experiments(), Experiment("workspace", Folder(Path()))]
+    tried = list(experiments())
+    named = [*tried, Experiment("workspace", Folder(Path()))]
     if commit := git("rev-parse", "--verify", "--quiet", "HEAD"):
         branch = git("symbolic-ref", "--short", "--quiet", "HEAD") or commit[:7]
         named.insert(0, Experiment(branch, Revision(commit)))
@@ -87,7 +91,7 @@ def _known() -> list[Experiment]:
     for each in committed():
         if each.val_loss is not None:
             found.setdefault(_identity(each), each)
-    return list(found.values())
+    return list(found.values()), [each.name for each in tried if each.val_loss is None]
 
 
 def _identity(experiment: Experiment) -> Any:

@@ -69,7 +69,7 @@ def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters:
 
 @functools.cache
 def _report_once(reason: str) -> None:
-    print(f"minigpt: no compiled decoder: {reason}", file=sys.stderr)
+    print(f"minigpt: no compiled decoder: {reason}; PyTorch writes the text", file=sys.stderr)
 
 
 class _Linear(ctypes.Structure):

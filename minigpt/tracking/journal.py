@@ -144,14 +144,14 @@ class Journal:
         with suppress(Timeout), FileLock(self.folder / "running.lock").acquire(blocking=False):
             self.status("KILLED")
 
-    def mlflow_ids(self) -> list[str]:
-        """Return the IDs of the run in MLflow, one for each store that has it."""
-        found = []
+    def mlflow_ids(self) -> dict[str, str]:
+        """Return the ID of the run in MLflow by the address of the store, for each store that has it."""
+        found = {}
         for path in sorted(self.folder.glob("sent-*.json")):
             with suppress(OSError, ValueError):  # as in Progress, a damaged file counts as missing
                 content = read_json(path)
                 if isinstance(content, dict) and isinstance(content.get("run_id"), str):
-                    found.append(content["run_id"])
+                    found[str(content.get("store", ""))] = content["run_id"]
         return found
 
     def flush(self) -> None:

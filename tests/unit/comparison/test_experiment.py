@@ -61,7 +61,7 @@ def test_run_is_found_by_its_id_in_mlflow(folder, monkeypatch):
     key = find("workspace").run["run"]
     write_run(key, steps=2)
     sync()
-    (name,) = Journal(key).mlflow_ids()
+    (name,) = Journal(key).mlflow_ids().values()
     _, run = find_run(resolve_tracking_uri(), key)
     assert name == run.info.run_id
     assert find(name).run["run"] == find(name[:8]).run["run"] == key

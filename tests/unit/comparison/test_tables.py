@@ -128,7 +128,7 @@ def test_test_loss_is_reported_before_the_validation_loss(pair, monkeypatch):
     lines = tables.comparison(pair).splitlines()
     assert [line[:15].strip() for line in lines[3:5]] == ["test loss", "validation loss"]
     assert lines[3].split()[2:] == ["1.2500", "±", "0.0100", "1.5000", "±", "0.0100"]
-    monkeypatch.setattr(tables, "_known", lambda: list(pair))
+    monkeypatch.setattr(tables, "_known", lambda: (list(pair), []))
     monkeypatch.chdir(pair[0].files.root)
     header, best, other = tables.overview().splitlines()[:3]
     assert header.split()[:4] == ["experiment", "test", "loss", "loss"]
