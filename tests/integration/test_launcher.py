@@ -74,7 +74,7 @@ def test_dvc_repro_with_two_processes_trains_the_same_weights_as_one(tmp_path, p
     code, printed = run(repository, "dvc", "repro", "train", **variables)
     assert code == 0, printed
     assert trained_result(repository) == expected
-    assert printed.count("parameters in float32 on CPU, 1 threads") == 1
+    assert printed.count("parameters in float32 on CPU, 1 thread") == 1
     assert printed.count("characters, in 2 processes") == 1
     assert printed.count("step      0   train") == 1
 
