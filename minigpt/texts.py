@@ -43,7 +43,7 @@ def fetch(text: Path) -> None:
 
 
 def _fetch(text: Path, record: Path) -> None:
-    """Write the text that a .dvc file describes."""
+    """Write the text that the .dvc file ``record`` describes, or raise UserError if no source has it."""
     tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
     digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
     dvc = [sys.executable, "-m", "dvc"]

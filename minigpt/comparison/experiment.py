@@ -143,9 +143,8 @@ class Experiment:
     def run_id(self) -> str:
         """ID of the MLflow run in the present store, or an empty text if it is not known here."""
         key = str(self.run.get("run", ""))
-        return (
-            Journal(key).mlflow_ids().get(Uploader(resolve_tracking_uri()).display_uri, "") if is_run_key(key) else ""
-        )
+        ids = Journal(key).mlflow_ids() if is_run_key(key) else {}
+        return ids.get(Uploader(resolve_tracking_uri()).display_uri, "")
 
     def _json(self, path: PurePosixPath) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):

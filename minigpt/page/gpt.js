@@ -116,7 +116,7 @@ class Cache {
     return true;
   }
 
-  // Drop the oldest characters if there is no slot for one more.
+  // Drop the oldest characters if all slots are used.
   makeRoom() {
     if (this.used < this.slots) return;
     const kept = this.window - 1, from = (this.used - kept) * this.width;
@@ -168,7 +168,7 @@ class GPT {
 
   // Read the character `id`, which follows those in the cache, and return the logits of the next one, (V,).
   //
-  // `probe`, an object, receives what the model computes on the way: `attention[layer][head]`, the weight of each
+  // `probe`, an object, receives intermediate results: `attention[layer][head]`, the weight of each
   // character in the cache, the oldest first and 0 outside the window; `lens[layer]`, the logits if the model ended
   // after this block (nostalgebraist 2020); `units[layer]`, the activations of the feed-forward layer.
   forward(id, cache, probe = null) {

@@ -165,11 +165,8 @@ class Trainer:
         """Return one line on the model, the device and the length of the training."""
         train, device = self.train, self.group.device
         cuda = device.type == "cuda"
-        name = (
-            torch.cuda.get_device_name(device)
-            if cuda
-            else f"CPU, {(threads := torch.get_num_threads())} {'thread' if threads == 1 else 'threads'}"
-        )
+        threads = torch.get_num_threads()
+        name = torch.cuda.get_device_name(device) if cuda else f"CPU, {threads} thread{'s' if threads != 1 else ''}"
         dtype = str(self.model.compute_dtype or torch.float32).removeprefix("torch.")
         return (
             f"{self.model.num_parameters():,} parameters in {dtype} on {name}; "
