@@ -24,12 +24,26 @@ class CacheSlice:
 
 
 @dataclass
+class Recent:
+    """Vectors of the last characters, (B, taps - 1, C), which a causal convolution reads again."""
+
+    vectors: Tensor
+
+    def join(self, x: Tensor) -> Tensor:
+        """Return these vectors followed by those of new characters, (B, T, C), and keep the last of them."""
+        joined = torch.cat((self.vectors.to(x.dtype), x), 1)
+        self.vectors.copy_(joined[:, x.size(1) :])
+        return joined
+
+
+@dataclass
 class LayerCache:
-    """Keys and values of one layer, each (B, H, slots, S)."""
+    """Keys and values of one layer, each (B, H, slots, S), and the last inputs of its feed-forward layer."""
 
     keys: Tensor
     values: Tensor
     current: CacheSlice
+    inputs: Recent
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of new characters, (B, H, T, S), and return those of all visible slots."""
@@ -48,8 +62,8 @@ class KVCache:
     """Keys and values of the last characters of B sequences of equal length, in order.
 
     When more than ``slots`` characters are read, those that no later one attends to are dropped. ``length`` counts the
-    characters since the last :meth:`clear`; ``embeddings`` are those of the last characters, which the convolution over
-    the embeddings reads again, (B, embd_conv - 1, C).
+    characters since the last :meth:`clear`. ``recent`` has all vectors that convolutions read again: embeddings, and
+    inputs of feed-forward layers, (n_layer, B, mlp_conv - 1, C). A forward pass overwrites them.
     """
 
     def __init__(
@@ -60,15 +74,21 @@ class KVCache:
         shape = (config.n_layer, 2, batch_size, config.n_head, slots, config.head_size)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.current = CacheSlice(slice(0, 0), slice(0, 0), (0, slots), None)
-        self.layers = [LayerCache(self.kv[n, 0], self.kv[n, 1], self.current) for n in range(config.n_layer)]
-        earlier = (batch_size, config.embd_conv - 1, config.n_embd)
-        self.embeddings = torch.zeros(earlier, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        wide, C = torch.promote_types(dtype, torch.float32), config.n_embd
+        embeddings = torch.zeros(batch_size, config.embd_conv - 1, C, dtype=wide, device=device)
+        inputs = torch.zeros(config.n_layer, batch_size, config.mlp_conv - 1, C, dtype=wide, device=device)
+        self.recent = (embeddings, inputs)
+        self.embeddings = Recent(embeddings)
+        self.layers = [
+            LayerCache(self.kv[n, 0], self.kv[n, 1], self.current, Recent(inputs[n])) for n in range(config.n_layer)
+        ]
         self._masks: dict[tuple[int, int], Tensor] = {}
         self.length = self.used = 0
 
     def clear(self) -> None:
         """Forget all characters."""
-        self.embeddings.zero_()
+        for vectors in self.recent:
+            vectors.zero_()
         self.length = self.used = 0
 
     def make_room(self, count: int) -> None:
@@ -98,17 +118,6 @@ class KVCache:
         """Count ``count`` characters as read, after their keys and values were stored."""
         self.length += count
         self.used += count
-
-    def embeddings_before(self, x: Tensor, back: int) -> Tensor:
-        """Return the embeddings ``back`` characters before those of the new characters x, (B, T, C)."""
-        earlier, T = self.embeddings, x.size(1)
-        if T == 1:
-            return earlier.narrow(1, earlier.size(1) - back, 1)
-        return torch.cat((earlier, x), 1).narrow(1, earlier.size(1) - back, T)
-
-    def keep_embeddings(self, x: Tensor) -> None:
-        """Keep the embeddings of the last characters for the next call."""
-        self.embeddings.copy_(torch.cat((self.embeddings, x), 1)[:, -self.embeddings.size(1) :])
 
     def _drop(self, count: int) -> None:
         """Drop the first ``count`` characters."""

@@ -4,8 +4,9 @@ Shapes in comments: B sequences, T characters, C = n_embd, H heads of S = head_s
 
 The classic architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each sub-layer and at
 the end. The recipe adds, each behind a switch in params.yaml: rotary positions (Su et al. 2021), LayerNorm on queries
-and keys (Henry et al. 2020), squared ReLU (So et al. 2021), outputs that start at zero (as in Zhang et al. 2019), and a
-short causal convolution over the embeddings (compare So et al. 2021).
+and keys (Henry et al. 2020), squared ReLU (So et al. 2021), outputs that start at zero (as in Zhang et al. 2019), and
+short causal convolutions over the embeddings and over the input of each feed-forward layer (compare So et al. 2021, and
+layer "Canon C" of Allen-Zhu 2025).
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt import ops
-from minigpt.cache import KVCache, LayerCache
+from minigpt.cache import KVCache, LayerCache, Recent
 from minigpt.choices import ACTIVATIONS
 from minigpt.params import ModelParams
 
@@ -128,10 +129,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelParams) -> None:
         super().__init__()
+        self.has_conv = config.mlp_conv > 1
         dropout = ChannelDropout if config.dropout_kind == "channel" else nn.Dropout
         self.norm1 = Norm(config.n_embd, config.norm_affine)
         self.attention = Attention(config)
         self.norm2 = Norm(config.n_embd, config.norm_affine)
+        if self.has_conv:
+            self.conv = nn.Parameter(torch.zeros(config.mlp_conv - 1, config.n_embd))
         self.feed_forward = FeedForward(config)
         self.dropout = dropout(config.dropout)
 
@@ -139,7 +143,10 @@ class Block(nn.Module):
         """Map (B, T, C) to (B, T, C); the other arguments are those of :meth:`Attention.forward`."""
         y = self.attention(self.norm1(x), mask, rotary, cache)
         x = x + (self.dropout(y) if self.training else y)
-        y = self.feed_forward(self.norm2(x))
+        y = self.norm2(x)
+        if self.has_conv:
+            y = convolve(y, self.conv, None if cache is None else cache.inputs)
+        y = self.feed_forward(y)
         return x + (self.dropout(y) if self.training else y)
 
 
@@ -249,16 +256,10 @@ class GPT(nn.Module):
 
     def _embed(self, ids: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
         """Return the start of the residual stream, (B, T, C): characters, the characters before them, positions."""
-        config, T = self.config, ids.size(1)
+        config = self.config
         x = self.embedding(ids)
         if config.embd_conv > 1:
-            mixed = x
-            for back, weight in enumerate(self.conv[: T - 1] if cache is None else self.conv, 1):
-                before = F.pad(x, (0, 0, back, -back)) if cache is None else cache.embeddings_before(x, back)
-                mixed = mixed + weight * before
-            if cache is not None:
-                cache.keep_embeddings(x)
-            x = mixed
+            x = convolve(x, self.conv, None if cache is None else cache.embeddings)
         if config.positions == "learned":
             x = x + self.position.weight[positions]
         x = self.embd_norm(x)
@@ -317,6 +318,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def convolve(x: Tensor, weights: Tensor, recent: Recent | None) -> Tensor:
+    """Add to each position of x, (B, T, C), its weighted predecessors, which may be in a cache: ``recent``."""
+    if recent is None:
+        return ops.causal_convolution(x, weights)
+    return ops.causal_convolution(recent.join(x), weights)[:, -x.size(1) :]
+
+
 def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the state dict by name, without building the model, which may be huge."""
     C, width = config.n_embd, config.n_head * config.head_size
@@ -336,6 +344,8 @@ def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, 
     for block in (f"blocks.{number}" for number in range(config.n_layer)):
         shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2")
         shapes |= linear(f"{block}.attention.qkv", 3 * width, C) | linear(f"{block}.attention.out", C, width)
+        if config.mlp_conv > 1:
+            shapes[f"{block}.conv"] = (config.mlp_conv - 1, C)
         shapes |= linear(f"{block}.feed_forward.up", ACTIVATIONS[config.activation].maps * hidden, C)
         shapes |= linear(f"{block}.feed_forward.down", C, hidden)
     return shapes | norm("norm") | linear("head", vocab_size, C)

@@ -95,6 +95,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return cast("Tensor", _Rotation.apply(x, cos, sin))  # type: ignore[no-untyped-call]
 
 
+def plain_causal_convolution(x: Tensor, weights: Tensor) -> Tensor:
+    """Add to each position t of x, (B, T, C), the sum over k of weights[k - 1] * x[t - k], for weights (taps - 1, C).
+
+    Each channel has weights of its own, and there is nothing before the first position (compare So et al. 2021).
+    """
+    return x + sum(weight * F.pad(x, (0, 0, back, 0))[:, : x.size(1)] for back, weight in enumerate(weights, 1))
+
+
+class _CausalConvolution(torch.autograd.Function):
+    """Convolution with one pass over memory for each tap, forward and backward, where autograd needs three and four."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        return _add_earlier(x, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = ctx.saved_tensors
+        # The gradient comes from later positions, so the same sum runs backwards.
+        before = grad.clone()
+        rows = []
+        for back, weight in enumerate(weights.to(x.dtype), 1):
+            before[:, :-back].addcmul_(grad[:, back:], weight)
+            rows.append((grad[:, back:] * x[:, :-back]).sum((0, 1), dtype=weights.dtype))
+        return before, torch.stack(rows)
+
+
+def _add_earlier(x: Tensor, weights: Tensor) -> Tensor:
+    y = x.clone()
+    for back, weight in enumerate(weights.to(x.dtype), 1):
+        y[:, back:].addcmul_(x[:, :-back], weight)
+    return y
+
+
+def causal_convolution(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the same as :func:`plain_causal_convolution`, in the dtype of x."""
+    if not x.requires_grad and not weights.requires_grad:
+        return _add_earlier(x, weights)
+    return cast("Tensor", _CausalConvolution.apply(x, weights))  # type: ignore[no-untyped-call]
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Return softmax(q kᵀ / sqrt(S)) v over the visible positions (Vaswani et al. 2017).
 

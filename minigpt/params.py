@@ -32,6 +32,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Temperature = Annotated[NotNegative, AfterValidator(_check_temperature)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Taps = Annotated[int, Field(ge=1, le=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
 Compile = Literal["auto", "always", "never"]
@@ -88,7 +89,8 @@ class ModelParams(Section):
     norm_affine: bool
     embd_norm: bool
     qk_norm: bool
-    embd_conv: Annotated[int, Field(ge=1, le=16)]
+    embd_conv: Taps
+    mlp_conv: Taps = 1  # older models have none
     bias: bool
     tied_head: bool
     init: Literal["zero", "normal"]

@@ -100,7 +100,7 @@ class GraphedGPT:
     def _capture(self, cache: GraphCache) -> torch.cuda.CUDAGraph:
         """Return a graph of the forward pass that writes to ``cache.logits``."""
         GraphedGPT.stream = stream = GraphedGPT.stream or torch.cuda.Stream()
-        embeddings = cache.embeddings.clone()  # the one state that a forward pass does not write to a slot of its own
+        kept = [vectors.clone() for vectors in cache.recent]  # all that a forward pass overwrites
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # the first calls of libraries set up state, which must not be captured
@@ -109,5 +109,6 @@ class GraphedGPT:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             cache.logits = self.model(cache.next_ids, cache)
-        cache.embeddings.copy_(embeddings)
+        for vectors, before in zip(cache.recent, kept, strict=True):
+            vectors.copy_(before)
         return graph

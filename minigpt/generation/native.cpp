@@ -41,6 +41,7 @@ struct Norm {
 struct Layer {
     Norm norm1, norm2;
     Linear qkv, out, up, down;
+    const void *conv;  // (recent, C), the weights of the oldest input first, or null
 };
 
 struct Model {
@@ -49,14 +50,15 @@ struct Model {
     const void *positions;  // learned ones, (block_size, C), or null
     Norm norm;
     Linear head;
-    int64_t n_layer, n_head, head_size, n_embd, hidden, taps, vocabulary, window, activation, embd_norm, qk_norm;
+    int64_t n_layer, n_head, head_size, n_embd, hidden, taps, recent, vocabulary, window, activation, embd_norm, qk_norm;
 };
 
 struct Call {
     const int64_t *ids;     // (B, width): the new characters start at first, after those that the convolution reads
     const void *cos, *sin;  // of the rotary angles of the new characters, (T, S / 2), or null
-    void *kv;            // (n_layer, 2, B, H, slots, S)
-    void *logits;        // (B, num_logits, V)
+    void *kv;               // (n_layer, 2, B, H, slots, S)
+    void *recent;           // last inputs of the feed-forward layers, (n_layer, B, recent, C), the oldest first
+    void *logits;           // (B, num_logits, V)
     int64_t batch, count, width, slots, first, position, num_logits;
 };
 
@@ -204,6 +206,18 @@ void normalize(const Real *x, int64_t size, const Norm &norm, Output *y) {
     }
 }
 
+// z = y plus the weighted last inputs; then y is the newest of them, in place of the oldest.
+template <class Real, class Output>
+void convolve(const Real *y, const Real *weights, Real *recent, int64_t count, int64_t size, Output *z) {
+    for (int64_t i = 0; i < size; i++) {
+        Real sum = y[i];
+        for (int64_t n = 0; n < count; n++) sum += weights[n * size + i] * recent[n * size + i];
+        z[i] = sum;
+    }
+    std::copy(recent + size, recent + count * size, recent);
+    std::copy_n(y, size, recent + (count - 1) * size);
+}
+
 constexpr int64_t RELU2 = 1, GELU = 2, SWIGLU = 3;  // in the order of native.py
 
 template <class Real>
@@ -312,7 +326,7 @@ void forward(const Model &model, const Call &call) {
     const int64_t room = slots + S + 64 / sizeof(Real);  // for the scores of a query
     std::vector<Real> residual(rows * C), qkv(rows * 3 * H * S), scores(B * H * room);
     const int64_t gates = model.activation == SWIGLU ? model.hidden : 0;
-    std::vector<Real> gated(rows * 2 * gates);
+    std::vector<Real> gated(rows * 2 * gates), single(B * C);
     std::vector<Input> normal(rows * narrow), mixed(rows * attended), hidden(rows * wide);
     Real *const x = residual.data();
     Input *const z = normal.data();
@@ -360,7 +374,17 @@ void forward(const Model &model, const Call &call) {
             const auto add = [&](int64_t row, int64_t o, Real y) { x[row * C + o] += y; };
             apply<Real, Weight>(layer.out, mixed.data(), rows, add);
 #pragma omp for
-            for (int64_t row = 0; row < rows; row++) normalize(x + row * C, C, layer.norm2, z + row * narrow);
+            for (int64_t sequence = 0; sequence < B; sequence++)
+                for (int64_t row = sequence * T; row < (sequence + 1) * T; row++) {
+                    if (!layer.conv) {
+                        normalize(x + row * C, C, layer.norm2, z + row * narrow);
+                        continue;
+                    }
+                    Real *const y = &single[sequence * C];
+                    normalize(x + row * C, C, layer.norm2, y);
+                    Real *const recent = static_cast<Real *>(call.recent) + (number * B + sequence) * model.recent * C;
+                    convolve(y, static_cast<const Real *>(layer.conv), recent, model.recent, C, z + row * narrow);
+                }
             apply<Real, Weight>(layer.up, z, rows, [&](int64_t row, int64_t o, Real y) {
                 if (gates) gated[row * 2 * gates + o] = y;
                 else hidden[row * wide + o] = activate(y, model.activation);

@@ -81,21 +81,25 @@ class _Norm(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, _Norm) for name in ("norm1", "norm2")] + [(n, _Linear) for n in ("qkv", "out", "up", "down")]
+    _fields_ = [
+        *((name, _Norm) for name in ("norm1", "norm2")),
+        *((name, _Linear) for name in ("qkv", "out", "up", "down")),
+        ("conv", c_void_p),
+    ]
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
         ("layers", POINTER(_Layer)), ("table", c_void_p), ("positions", c_void_p), ("norm", _Norm), ("head", _Linear),
         *((name, c_int64) for name in (
-            "n_layer", "n_head", "head_size", "n_embd", "hidden", "taps", "vocabulary", "window", "activation",
-            "embd_norm", "qk_norm",
+            "n_layer", "n_head", "head_size", "n_embd", "hidden", "taps", "recent", "vocabulary", "window",
+            "activation", "embd_norm", "qk_norm",
         )),
     ]  # fmt: skip
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("ids", "cos", "sin", "kv", "logits")] + [
+    _fields_ = [(name, c_void_p) for name in ("ids", "cos", "sin", "kv", "recent", "logits")] + [
         (name, c_int64) for name in ("batch", "count", "width", "slots", "first", "position", "num_logits")
     ]
 
@@ -151,6 +155,7 @@ class NativeGPT:
                 self._norm(block.norm1), self._norm(block.norm2),
                 self._linear(block.attention.qkv), self._linear(block.attention.out),
                 self._linear(block.feed_forward.up), self._linear(block.feed_forward.down),
+                self._address(block.conv.flip(0)) if block.has_conv else None,
             )
             for block in model.blocks
         ]  # fmt: skip
@@ -159,9 +164,9 @@ class NativeGPT:
         self.model = _Model(
             (_Layer * len(layers))(*layers), self._address(torch.cat([rows * tap for tap in taps])), positions,
             self._norm(model.norm), self._linear(model.head), config.n_layer, config.n_head, config.head_size,
-            config.n_embd, model.blocks[0].feed_forward.down.in_features, config.embd_conv, model.vocab_size,
-            config.attention_window or config.block_size, ACTIVATIONS.index(config.activation), config.embd_norm,
-            config.qk_norm,
+            config.n_embd, model.blocks[0].feed_forward.down.in_features, config.embd_conv,
+            config.mlp_conv - 1, model.vocab_size, config.attention_window or config.block_size,
+            ACTIVATIONS.index(config.activation), config.embd_norm, config.qk_norm,
         )  # fmt: skip
 
     def make_cache(self, batch_size: int, slots: int | None = None) -> NativeCache:
@@ -180,8 +185,8 @@ class NativeGPT:
         cos, sin = self._angles(cache.length, T)
         logits = torch.empty(B, count, self.vocab_size, dtype=self.dtype)
         call = _Call(
-            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), logits.data_ptr(), B, T, cache.ids.size(1),
-            cache.slots, cache.used, cache.length, count,
+            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), cache.recent[1].data_ptr(), logits.data_ptr(), B, T,
+            cache.ids.size(1), cache.slots, cache.used, cache.length, count,
         )  # fmt: skip
         self.function(byref(self.model), byref(call))
         cache.advance(T)

@@ -84,16 +84,17 @@ const ACTIVATIONS = {
 
 // --------------------------------------------------------------------------------------------------- the KV cache
 
-// Keys and values of the characters that a model has read. With more characters than slots, those that no later one
+// Keys, values and convolved inputs of the characters that a model has read. With more characters than slots, those that no later one
 // attends to are dropped.
 class Cache {
   constructor(config) {
     this.window = config.attention_window || config.block_size;
-    this.slots = config.block_size + this.window;
-    this.width = config.n_head * config.head_size;
-    const store = () => new Float32Array(this.slots * this.width);
-    this.keys = Array.from({ length: config.n_layer }, store);
-    this.values = Array.from({ length: config.n_layer }, store);
+    this.kept = Math.max(this.window, config.mlp_conv) - 1; // characters that the next one reads
+    this.slots = config.block_size + this.kept + 1;
+    const layers = (width) => Array.from({ length: config.n_layer }, () => new Float32Array(this.slots * width));
+    this.keys = layers(config.n_head * config.head_size);
+    this.values = layers(config.n_head * config.head_size);
+    this.inputs = layers(config.mlp_conv > 1 ? config.n_embd : 0); // of the feed-forward layers
     this.clear();
   }
 
@@ -110,7 +111,7 @@ class Cache {
   // Forget the characters from number `length` on. Return whether the ones before it are still complete.
   truncate(length) {
     const dropped = this.length - this.used;
-    if (length > this.length || (dropped && length - dropped < this.window - 1)) return false;
+    if (length > this.length || (dropped && length - dropped < this.kept)) return false;
     this.ids.length = length;
     this.used = length - dropped;
     return true;
@@ -119,9 +120,11 @@ class Cache {
   // Drop the oldest characters if all slots are used.
   makeRoom() {
     if (this.used < this.slots) return;
-    const kept = this.window - 1, from = (this.used - kept) * this.width;
-    for (const stored of [...this.keys, ...this.values]) stored.copyWithin(0, from, this.used * this.width);
-    this.used = kept;
+    for (const stored of [...this.keys, ...this.values, ...this.inputs]) {
+      const width = stored.length / this.slots;
+      stored.copyWithin(0, (this.used - this.kept) * width, this.used * width);
+    }
+    this.used = this.kept;
   }
 }
 
@@ -152,6 +155,7 @@ class GPT {
       for (const part of ["attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"]) {
         needed.push(`blocks.${n}.${part}.weight`);
       }
+      if (config.mlp_conv > 1) needed.push(`blocks.${n}.conv`);
     }
     if (config.positions === "learned") needed.push("position.weight");
     if (config.embd_conv > 1) needed.push("conv");
@@ -178,7 +182,7 @@ class GPT {
     const x = this.embed(id, cache); // the residual stream, (C,): each block reads it and adds to it
     for (let n = 0; n < this.config.n_layer; n++) {
       addTo(x, this.attend(n, this.norm(`blocks.${n}.norm1`, x), cache, probe));
-      addTo(x, this.feedForward(n, this.norm(`blocks.${n}.norm2`, x), probe));
+      addTo(x, this.feedForward(n, this.convolve(n, this.norm(`blocks.${n}.norm2`, x), cache), probe));
       if (probe) probe.lens.push(this.predict(x));
     }
     cache.ids.push(id);
@@ -235,6 +239,19 @@ class GPT {
       if (probe) probe.attention[n].push(weights);
     }
     return this.map(`blocks.${n}.attention.out`, y);
+  }
+
+  // Return the input of the feed-forward layer of block n: x, (C,), plus the weighted inputs of the characters before.
+  convolve(n, x, cache) {
+    const { n_embd: C, mlp_conv: taps } = this.config;
+    if (taps === 1) return x;
+    const inputs = cache.inputs[n], slot = cache.used, weights = this.tensors[`blocks.${n}.conv`], y = x.slice();
+    inputs.set(x, slot * C);
+    for (let back = 1; back < taps && back <= slot; back++) {
+      const before = (slot - back) * C, weight = (back - 1) * C;
+      for (let i = 0; i < C; i++) y[i] += weights[weight + i] * inputs[before + i];
+    }
+    return y;
   }
 
   // Return the output of the feed-forward layer of block n for x, (C,).

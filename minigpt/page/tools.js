@@ -167,7 +167,7 @@ function contextStart(index, promptLength, config, overflow) {
   const context = config.block_size;
   if (overflow === "roll") {
     // A character depends on no earlier one than this. Rounded, so that neighbours are read from the same start.
-    const reach = config.n_layer * (config.attention_window || context) + config.embd_conv;
+    const reach = config.n_layer * ((config.attention_window || context) + config.mlp_conv - 1) + config.embd_conv;
     return Math.max(0, Math.floor((index - reach) / context) * context);
   }
   const first = Math.max(0, promptLength - context);

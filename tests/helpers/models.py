@@ -17,6 +17,7 @@ SWITCHES = {
     "norm_affine": [True, False],
     "qk_norm": [True, False],
     "embd_conv": [1, 4],
+    "mlp_conv": [1, 4],
     "bias": [True, False],
     "tied_head": [True, False],
     "init": ["zero", "normal"],
@@ -24,13 +25,13 @@ SWITCHES = {
 
 
 CLASSIC = {
-    "positions": "learned", "embd_conv": 1, "embd_norm": False, "qk_norm": False, "norm_affine": True, "bias": True,
-    "activation": "relu", "init": "normal",
+    "positions": "learned", "embd_conv": 1, "mlp_conv": 1, "embd_norm": False, "qk_norm": False, "norm_affine": True,
+    "bias": True, "activation": "relu", "init": "normal",
 }  # fmt: skip
 ARCHITECTURES = [
     {},
     CLASSIC,
-    {"attention_window": 5, "tied_head": True},
+    {"attention_window": 5, "tied_head": True, "mlp_conv": 3},
     {"activation": "gelu", "mlp_ratio": 2.5},
     {"activation": "swiglu"},
     {"head_size": 64, "n_embd": 67, "block_size": 40},
@@ -56,9 +57,9 @@ def export_small(folder, characters="\nabc"):
 
 
 def variants():
-    """Yield changes of the architecture: each value of each switch, and each pair of positions and convolution."""
+    """Yield changes of the architecture: each value of each switch, and each pair of positions and convolutions."""
     for name, values in SWITCHES.items():
         for value in values:
             yield {name: value}
     for positions, taps in itertools.product(SWITCHES["positions"], (1, 2, 4)):
-        yield {"positions": positions, "embd_conv": taps, "block_size": 300}
+        yield {"positions": positions, "embd_conv": taps, "mlp_conv": 5 - taps, "block_size": 300}

@@ -19,8 +19,8 @@ OLD_CONFIG = {
     "model": {
         "n_layer": 2, "n_head": 2, "head_size": 8, "n_embd": 20, "block_size": 16, "attention_window": 0,
         "positions": "rotary", "rotary_base": 1024.0, "activation": "relu2", "mlp_ratio": 4.0, "norm_affine": False,
-        "embd_norm": True, "qk_norm": True, "embd_conv": 4, "bias": False, "tied_head": False, "init": "zero",
-        "dropout": 0.1, "dropout_kind": "channel",
+        "embd_norm": True, "qk_norm": True, "embd_conv": 4, "mlp_conv": 1, "bias": False, "tied_head": False,
+        "init": "zero", "dropout": 0.1, "dropout_kind": "channel",
     },
 }  # fmt: skip
 """config.json as version 0.1.0 wrote it."""

@@ -47,6 +47,13 @@ def test_rotate_keeps_the_norm_of_each_pair():
     torch.testing.assert_close(rotated[..., :4].hypot(rotated[..., 4:]), x[..., :4].hypot(x[..., 4:]))
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_causal_convolution_equals_the_plain_formula(length):
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, length, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    equal(ops.causal_convolution, ops.plain_causal_convolution, x, weights)
+
+
 def masks(x, window, n_head):
     """Yield the masks for the products, for the fused kernel, and for each way to attend in chunks."""
     length = x.size(1)

@@ -255,8 +255,8 @@ def test_model_config_of_an_earlier_version_is_valid():
     config = {
         "n_layer": 4, "n_head": 2, "head_size": 64, "n_embd": 128, "block_size": 128, "attention_window": 0,
         "positions": "rotary", "rotary_base": 1024.0, "activation": "relu2", "mlp_ratio": 4.0, "norm_affine": False,
-        "embd_norm": True, "qk_norm": True, "embd_conv": 4, "bias": False, "tied_head": False, "init": "zero",
-        "dropout": 0.1, "dropout_kind": "channel",
+        "embd_norm": True, "qk_norm": True, "embd_conv": 4, "mlp_conv": 1, "bias": False, "tied_head": False,
+        "init": "zero", "dropout": 0.1, "dropout_kind": "channel",
     }  # fmt: skip
     assert ModelParams.model_validate(config) == load(ROOT / "params.yaml").model
 

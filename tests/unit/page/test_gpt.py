@@ -29,16 +29,17 @@ def test_logits_equal_those_of_the_model(architecture):
     assert (logits - gpt(ids[None])[0]).abs().max() <= LIMIT
 
 
+@pytest.mark.parametrize("taps", [1, 4])
 @pytest.mark.parametrize("window", [0, 1, 5, 16])
-def test_logits_past_the_context_equal_those_of_the_model(window):
-    gpt = build(attention_window=window).eval()
+def test_logits_past_the_context_equal_those_of_the_model(window, taps):
+    gpt = build(attention_window=window, mlp_conv=taps).eval()
     ids = ids_of(100)
     cache = gpt.make_cache(1, gpt.config.block_size + (window or gpt.config.block_size))
     expected = torch.cat([gpt(id_[None, None], cache)[0] for id_ in ids])
     assert (torch.tensor(Engine(gpt).logits(ids.tolist())) - expected).abs().max() <= LIMIT
 
 
-@pytest.mark.parametrize("architecture", [{}, {"attention_window": 5}, {"embd_conv": 1}, CLASSIC], ids=str)
+@pytest.mark.parametrize("architecture", [{}, {"attention_window": 5}, {"mlp_conv": 4}, CLASSIC], ids=str)
 def test_a_truncated_cache_continues_as_a_new_one(architecture):
     engine = Engine(build(**architecture).eval())
     first, second = ids_of(12).tolist(), [3, 1, 4]

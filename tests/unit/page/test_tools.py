@@ -37,7 +37,7 @@ def test_context_starts_where_the_writer_starts_it(engine, context, overflow):
 
 
 def test_context_of_a_rolling_cache_has_all_characters_that_matter(engine):
-    config = {"block_size": 8, "n_layer": 3, "attention_window": 0, "embd_conv": 4}
+    config = {"block_size": 8, "n_layer": 3, "attention_window": 0, "embd_conv": 4, "mlp_conv": 1}
     starts = engine.run(
         "return indices.map((index) => contextStart(index, 1, config, 'roll'))",
         indices=list(range(1, 200)), config=config,
