@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.peers import Peer
     from minigpt.data.dataset import Corpus
     from minigpt.params import Params
-    from minigpt.training.trainer import Trainer
+    from minigpt.training.trainer import Observer, Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,15 +100,49 @@ def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, 
     return peers.NanoGPTTraining(model, tokens, batch_size, block_size, dtype)
 
 
-def trainer(params: Params, corpus: Corpus, observer: Any = None, kind: type[Trainer] | None = None) -> Trainer:
-    """Return a trainer of this project, or of the subclass ``kind``, that saves no checkpoints."""
+def trainer(
+    params: Params, corpus: Corpus, observer: Observer | None = None, kind: type[Trainer] | None = None
+) -> Trainer:
+    """Return a trainer of this project, or of the subclass ``kind``, that neither saves nor loads checkpoints."""
     from minigpt.runtime.distributed import ProcessGroup
-    from minigpt.training.checkpoint import Checkpoints
+    from minigpt.training.checkpoint import Checkpoint, Checkpoints
     from minigpt.training.trainer import Trainer
 
-    os.environ |= {"MINIGPT_CHECKPOINT_SECONDS": str(10**9), "MINIGPT_CHECKPOINT_STEPS": str(10**9)}
+    class NoCheckpoints(Checkpoints):
+        """Each measurement starts at step 0, and a clock that includes no files."""
+
+        def save(self, checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
+            """Save nothing."""
+
+        def load(self, *like: Any) -> tuple[None, list[str]]:  # noqa: ARG002
+            """Load nothing."""
+            return None, []
+
     group = ProcessGroup(0, 1, corpus.train.tokens.device)
-    return (kind or Trainer)(params, corpus, group, observer, Checkpoints(Path(), "benchmark"))
+    return (kind or Trainer)(params, corpus, group, observer, NoCheckpoints(Path(), "benchmark"))
+
+
+def loss_curve(params: Params, corpus: Corpus) -> list[tuple[float, float]]:
+    """Train to the end. Return the seconds of training and the exact validation loss at each evaluation."""
+    curve: list[tuple[float, float]] = []
+
+    class Watch:
+        def metrics(self, step: int, values: dict[str, float]) -> None:  # noqa: ARG002
+            if "val_loss" in values:
+                curve.append((run.clock.seconds, values["val_loss"]))
+
+        def history(self, rows: list[dict[str, float]]) -> None:
+            """The curve is enough."""
+
+        def samples(self, rows: list[dict[str, Any]]) -> None:
+            """Nothing to keep."""
+
+        def upload(self) -> None:
+            """Nothing to send."""
+
+    run = trainer(params, corpus, Watch())
+    run.run()
+    return curve
 
 
 class Timer:

@@ -14,6 +14,7 @@ from benchmarks.common import (
     Options,
     Timer,
     contender,
+    loss_curve,
     matrix_rate,
     peer,
     prepared,
@@ -33,25 +34,8 @@ if TYPE_CHECKING:
 def loss_of_minigpt(options: Options) -> Measured:
     """Train a profile to its end; the seconds of training until the exact validation loss was reached."""
     name = "shakespeare-gpu" if options.device.startswith("cuda") else "shakespeare-quick"
-    curve: list[tuple[float, float]] = []
-
-    class Watch:
-        def metrics(self, step: int, values: dict[str, float]) -> None:  # noqa: ARG002
-            if "val_loss" in values:
-                curve.append((run.clock.seconds, values["val_loss"]))
-
-        def history(self, rows: list[dict[str, float]]) -> None:
-            """The speed is enough."""
-
-        def samples(self, rows: list[dict[str, Any]]) -> None:
-            """Nothing to keep."""
-
-        def upload(self) -> None:
-            """Nothing to send."""
-
     seed = 1337 + options.round
-    run = trainer(profile(name, train={"device": options.device, "seed": seed}), prepared(options), Watch())
-    run.run()
+    curve = loss_curve(profile(name, train={"device": options.device, "seed": seed}), prepared(options))
     reached = [seconds for seconds, loss in curve if loss <= options.loss]
     return {"value": reached[0] if reached else float("inf"), "loss": min(loss for _, loss in curve)}
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from benchmarks import gpu, peers
 from benchmarks.__main__ import draw, middle, rows
+from benchmarks.budgets import PEERS
 from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS
 
@@ -28,6 +29,21 @@ def test_ratio_above_one_means_the_project_is_better(unit, peer, ratio):
 def test_missing_peer_is_reported():
     found = {"minigpt": middle([{"value": 1.0}]), "peer": middle([{"missing": "no such package"}])}
     assert rows("something, seconds", found)[1][-1] == "not measured: no such package"
+
+
+@pytest.mark.slow
+def test_budgets_write_a_curve_of_each_contender(tmp_path):
+    arguments = ["shakespeare-quick", "--seeds", "2", "--peer-seconds", "1", "--held-out", "start"]
+    ran = python("-m", "benchmarks.budgets", *arguments, "--text", "data/songs.txt", "--results", tmp_path, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    runs = json.loads(next(tmp_path.glob("*.json")).read_text())["runs"]
+    seeds = {"shakespeare-quick": 2} | dict.fromkeys(PEERS.values(), 1)
+    assert {name: len(found) for name, found in runs.items()} == seeds
+    for run in (run for found in runs.values() for run in found):
+        seconds, losses = zip(*run["curve"], strict=True)
+        assert seconds == tuple(sorted(seconds)) and run["seconds"] == seconds[-1] > 0
+        assert run["loss"] == min(losses) < 4
+    assert next(tmp_path.glob("*.png")).stat().st_size > 10_000
 
 
 @pytest.mark.slow

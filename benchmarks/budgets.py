@@ -1,0 +1,165 @@
+"""The loss that a time of training buys: profiles of this project, each over several seeds, next to peers.
+
+    python -m benchmarks.budgets                                 the profiles for a CPU, and the peers
+    python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peer-seconds 0
+    python -m benchmarks.budgets shakespeare-cpu --held-out start        on a split that chose nothing
+
+Losses are exact, on the validation split in windows that do not overlap. Each training is a process of its own, and
+the clock stops while it is evaluated. Prints a table; writes it with all curves as JSON, and draws the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any, cast
+
+from benchmarks.common import ROOT, SMALL, Timer, loss_curve, peer, prepared, profile, training
+
+if TYPE_CHECKING:
+    from minigpt.model import GPT
+
+PROFILES = ["shakespeare-quick", "shakespeare-cpu", "classic-cpu"]
+PEERS = {"hf": "Hugging Face GPT-2, trained as nanoGPT documents", "x": "x-transformers, trained in the same way"}
+POINTS = 16
+"""Evaluations of a peer."""
+
+HEIGHT = 1.2
+"""Nats above the lowest loss that are drawn: the first evaluations would hide the differences of the others."""
+
+Curve = list[tuple[float, float]]
+"""Seconds of training, and the exact validation loss after them."""
+
+
+def train_profile(name: str, seed: int, options: argparse.Namespace) -> Curve:
+    """Train a profile to its end."""
+    from minigpt.runtime import cpu
+
+    cpu.configure_cpu()
+    changes = {"device": options.device, "seed": seed, "sample_chars": 0}
+    return loss_curve(profile(name, train=changes), prepared(options))
+
+
+def train_peer(who: str, seconds: float, options: argparse.Namespace) -> Curve:
+    """Train a peer for ``seconds``."""
+    from minigpt.evaluation.loss import score
+
+    corpus = prepared(options)
+    model = peer(who, corpus.tokenizer.vocab_size, SMALL, options.device)
+    run = training(who, model, corpus.train.tokens, 12, SMALL["block_size"])
+    curve: Curve = []
+    timer, step = Timer(options.device), 0
+    while len(curve) < POINTS:
+        run.step(step)
+        step += 1
+        timer.pause()
+        if timer.seconds >= seconds * (len(curve) + 1) / POINTS:
+            curve.append((timer.seconds, score(cast("GPT", model), corpus.val).loss))
+        timer.resume()
+    return curve
+
+
+def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a contender in a process of its own."""
+    given = {"one": seed, "text": options.text, "device": options.device, "peer-seconds": options.peer_seconds}
+    flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    command = [sys.executable, "-m", "benchmarks.budgets", name, *flags]
+    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ran.returncode:
+        sys.exit(f"benchmarks: {name} failed; see its error above")
+    curve: Curve = json.loads(ran.stdout.splitlines()[-1])
+    best = min(loss for _, loss in curve)
+    return {"seed": seed, "seconds": curve[-1][0], "loss": best, "curve": curve}
+
+
+def reversed_ends(text: Path, folder: Path) -> Path:
+    """Write the text with its first tenth moved to the end, where it is held out; return the file."""
+    content = text.read_text(encoding="utf-8")
+    tenth = len(content) // 10
+    moved = folder / text.name
+    moved.write_text(content[tenth:] + content[:tenth], encoding="utf-8")
+    return moved
+
+
+def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """Draw one curve of each contender, that of its first seed, over a logarithmic time."""
+    from minigpt.evaluation.charts import render
+
+    lowest = min(run["loss"] for runs in results.values() for run in runs)
+    points = [
+        {"contender": name, "seconds": seconds, "loss": loss}
+        for name, runs in results.items()
+        for seconds, loss in runs[0]["curve"]
+        if loss < lowest + HEIGHT
+    ]
+    lines = {
+        "data": {"values": points},
+        "width": 560,
+        "height": 320,
+        "mark": {"type": "line", "point": True},
+        "encoding": {
+            "x": {"field": "seconds", "type": "quantitative", "scale": {"type": "log"}, "title": "seconds of training"},
+            "y": {
+                "field": "loss", "type": "quantitative", "scale": {"zero": False},
+                "title": "validation loss (nats per character)",
+            },
+            "color": {"field": "contender", "type": "nominal", "title": None, "legend": {"labelLimit": 0}},
+        },
+    }  # fmt: skip
+    render([[lines]], "Loss against the time of training", target)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("profiles", nargs="*", default=PROFILES, help=f"default: {' '.join(PROFILES)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--held-out", choices=("end", "start"), default="end", help="the tenth of the text to hold out")
+    parser.add_argument("--peer-seconds", type=float, default=180, help="seconds that each peer trains; 0: no peers")
+    parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks", help="a folder")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.text.is_file():
+        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+    options.text = options.text.resolve()
+    if options.one is not None:
+        (name,) = options.profiles
+        who = next((key for key, peer_name in PEERS.items() if peer_name == name), None)
+        curve = train_peer(who, options.peer_seconds, options) if who else train_profile(name, options.one, options)
+        print(json.dumps(curve))
+        return
+
+    from benchmarks.__main__ import commit, machine
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.held_out == "start":
+            options.text = reversed_ends(options.text, Path(folder))
+        peers = list(PEERS.values()) if options.peer_seconds else []
+        for name, seeds in [(name, options.seeds) for name in options.profiles] + [(name, 1) for name in peers]:
+            runs = results[name] = [measure(name, seed, options) for seed in range(1, seeds + 1)]
+            losses = [run["loss"] for run in runs]
+            spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
+            print(f"{name:50} {mean(run['seconds'] for run in runs):6.1f} s  {mean(losses):.4f} {spread}", flush=True)
+    facts = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),
+        "commit": commit(), "machine": machine(options.device), "held_out": options.held_out,
+    }  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    target = options.results / f"{facts['date'][:10]}-{options.device.partition(':')[0]}-budgets.json"
+    target.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n", encoding="utf-8")
+    draw(results, target.with_suffix(".png"))
+    print(f"written to {target.with_suffix('')}.*")
+
+
+if __name__ == "__main__":
+    main()
