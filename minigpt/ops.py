@@ -119,8 +119,8 @@ class _CausalConvolution(torch.autograd.Function):
         rows = []
         for back, weight in enumerate(weights.to(x.dtype), 1):
             before[:, :-back].addcmul_(grad[:, back:], weight)
-            rows.append((grad[:, back:] * x[:, :-back]).sum((0, 1), dtype=weights.dtype))
-        return before, torch.stack(rows)
+            rows.append((grad[:, back:] * x[:, :-back]).sum((0, 1)))
+        return before, torch.stack(rows).to(weights.dtype)
 
 
 def _add_earlier(x: Tensor, weights: Tensor) -> Tensor:
