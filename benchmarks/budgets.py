@@ -3,6 +3,7 @@
     python -m benchmarks.budgets                                 the profiles for a CPU, and the peers
     python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peer-seconds 0
     python -m benchmarks.budgets shakespeare-cpu --held-out start        on a split that chose nothing
+    python -m benchmarks.budgets shakespeare-cpu --text FILE             on another text
 
 Losses are exact, on the validation split in windows that do not overlap. Each training is a process of its own, and
 the clock stops while it is evaluated. Prints a table; writes it with all curves as JSON, and draws the curves.
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from minigpt.model import GPT
 
 PROFILES = ["shakespeare-quick", "shakespeare-cpu", "classic-cpu"]
-PEERS = {"hf": "Hugging Face GPT-2, trained as nanoGPT documents", "x": "x-transformers, trained in the same way"}
+PEERS = {
+    "hf": "Hugging Face GPT-2, trained as nanoGPT documents",
+    "x": "x-transformers, trained in the same way",
+    "reference": "reference algorithm",
+}
 POINTS = 16
 """Evaluations of a peer."""
 

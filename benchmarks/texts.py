@@ -1,14 +1,19 @@
-"""A large text, and the usual way to encode one; without torch, whose memory would count.
+"""Texts to measure with, and the usual way to encode one; without torch, whose memory would count.
 
-python -m benchmarks.texts TARGET MEGABYTES
+python -m benchmarks.texts TARGET MEGABYTES        random letters
+python -m benchmarks.texts TARGET source           source code of Python's standard library, 1.1 million characters
+python -m benchmarks.texts TARGET manual           Python's language reference, as pydoc has it
 """
 
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
+
+SOURCE_CHARACTERS = 1_100_000
 
 
 def parts(count: int) -> list[bytes]:
@@ -30,6 +35,23 @@ def write_mixed(target: Path, megabytes: int) -> None:
             file.write(made[number % len(made)])
 
 
+def write_source(target: Path) -> None:
+    """Write modules of the standard library in alphabetical order, as many as fit in 1.1 million characters."""
+    written = 0
+    with target.open("w", encoding="utf-8") as file:
+        for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+            text = module.read_text(encoding="utf-8")
+            if text.isascii() and written + len(text) <= SOURCE_CHARACTERS:
+                written += file.write(text)
+
+
+def write_manual(target: Path) -> None:
+    """Write the topics of ``help()`` in alphabetical order."""
+    from pydoc_data.topics import topics
+
+    target.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+
+
 def encode_by_dictionary(source: Path, folder: Path) -> None:
     """All of the text in memory, a dictionary of its characters, a list of their ids, two files."""
     text = source.read_text(encoding="utf-8")
@@ -39,5 +61,11 @@ def encode_by_dictionary(source: Path, folder: Path) -> None:
         np.array([ids[character] for character in part], dtype=np.uint16).tofile(folder / name)
 
 
+WRITERS = {"source": write_source, "manual": write_manual}
+
 if __name__ == "__main__":
-    write_mixed(Path(sys.argv[1]), int(sys.argv[2]))
+    path, what = Path(sys.argv[1]), sys.argv[2]
+    if what in WRITERS:
+        WRITERS[what](path)
+    else:
+        write_mixed(path, int(what))

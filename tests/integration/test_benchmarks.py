@@ -12,6 +12,7 @@ from benchmarks import gpu, peers
 from benchmarks.__main__ import draw, middle, rows
 from benchmarks.budgets import PEERS
 from benchmarks.contenders import MEASURES
+from benchmarks.texts import WRITERS
 from minigpt.evaluation.charts import COLORS
 
 
@@ -81,6 +82,14 @@ def test_usage_error_is_one_line_without_a_traceback(arguments, tmp_path):
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
     assert arguments[-1] in ran.stderr
+
+
+@pytest.mark.parametrize("kind, least", [("source", 900_000), ("manual", 300_000)])
+def test_texts_of_python_are_long_enough_to_train_on(kind, least, tmp_path):
+    WRITERS[kind](tmp_path / "text.txt")
+    text = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    assert least < len(text) < 1_200_000
+    assert 50 < len(set(text)) < 300
 
 
 def test_reference_model_attends_only_to_the_past():
