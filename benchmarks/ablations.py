@@ -25,8 +25,16 @@ if TYPE_CHECKING:
     from minigpt.training.trainer import Trainer
 
 BASE: dict[str, dict[str, Any]] = {
-    "model": {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 256, "attention_window": 64},
-    "train": {"max_iters": 300, "batch_size": 8, "eval_interval": 300, "device": "cpu"},
+    "model": {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 128,
+        "block_size": 256,
+        "attention_window": 64,
+        "mlp_conv": 1,
+        "dropout": 0.0,
+    },
+    "train": {"max_iters": 300, "batch_size": 8, "eval_interval": 300, "token_noise": 0.0, "device": "cpu"},
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "the recipe": {},
@@ -34,6 +42,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "context 128": {"model": {"block_size": 128}, "train": {"batch_size": 16}},
     "context 512": {"model": {"block_size": 512}, "train": {"batch_size": 4}},
     "no convolution": {"model": {"embd_conv": 1}},
+    "convolution over feed-forward inputs": {"model": {"mlp_conv": 4}},
     "relu": {"model": {"activation": "relu"}},
     "learned positions": {"model": {"positions": "learned"}},
     "no norm on queries and keys": {"model": {"qk_norm": False}},

@@ -26,7 +26,7 @@ from benchmarks.common import ROOT, SMALL, Timer, loss_curve, peer, prepared, pr
 if TYPE_CHECKING:
     from minigpt.model import GPT
 
-PROFILES = ["shakespeare-quick", "shakespeare-cpu", "classic-cpu"]
+PROFILES = ["shakespeare-quick", "shakespeare-1min", "shakespeare-cpu", "classic-cpu"]
 PEERS = {
     "hf": "Hugging Face GPT-2, trained as nanoGPT documents",
     "x": "x-transformers, trained in the same way",
