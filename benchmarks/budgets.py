@@ -109,7 +109,10 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
         "height": 320,
         "mark": {"type": "line", "point": True},
         "encoding": {
-            "x": {"field": "seconds", "type": "quantitative", "scale": {"type": "log"}, "title": "seconds of training"},
+            "x": {
+                "field": "seconds", "type": "quantitative", "scale": {"type": "log", "nice": False},
+                "title": "seconds of training",
+            },
             "y": {
                 "field": "loss", "type": "quantitative", "scale": {"zero": False},
                 "title": "validation loss (nats per character)",

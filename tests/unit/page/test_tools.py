@@ -36,14 +36,15 @@ def test_context_starts_where_the_writer_starts_it(engine, context, overflow):
         assert starts == starts_of_writer(prompt, 40, context, overflow)
 
 
-def test_context_of_a_rolling_cache_has_all_characters_that_matter(engine):
-    config = {"block_size": 8, "n_layer": 3, "attention_window": 0, "embd_conv": 4, "mlp_conv": 1}
+@pytest.mark.parametrize("taps", [1, 4])
+def test_context_of_a_rolling_cache_has_all_characters_that_matter(engine, taps):
+    config = {"block_size": 8, "n_layer": 3, "attention_window": 0, "embd_conv": 4, "mlp_conv": taps}
     starts = engine.run(
         "return indices.map((index) => contextStart(index, 1, config, 'roll'))",
         indices=list(range(1, 200)), config=config,
     )  # fmt: skip
     for index, start in enumerate(starts, 1):
-        assert start <= max(0, index - 3 * 8 - 4)
+        assert start <= max(0, index - 3 * (8 + taps - 1) - 4)
 
 
 def test_copied_runs_cover_all_copied_characters(engine):
