@@ -83,7 +83,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     return {"seed": seed, "seconds": curve[-1][0], "loss": best, "curve": curve}
 
 
-def reversed_ends(text: Path, folder: Path) -> Path:
+def with_start_last(text: Path, folder: Path) -> Path:
     """Write the text with its first tenth moved to the end, where it is held out; return the file."""
     content = text.read_text(encoding="utf-8")
     tenth = len(content) // 10
@@ -150,7 +150,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if options.held_out == "start":
-            options.text = reversed_ends(options.text, Path(folder))
+            options.text = with_start_last(options.text, Path(folder))
         peers = list(PEERS.values()) if options.peer_seconds else []
         for name, seeds in [(name, options.seeds) for name in options.profiles] + [(name, 1) for name in peers]:
             runs = results[name] = [measure(name, seed, options) for seed in range(1, seeds + 1)]

@@ -36,7 +36,7 @@ def write_mixed(target: Path, megabytes: int) -> None:
 
 
 def write_source(target: Path) -> None:
-    """Write modules of the standard library in alphabetical order, as many as fit in 1.1 million characters."""
+    """Write modules of the standard library, in alphabetical order, up to 1.1 million characters."""
     written = 0
     with target.open("w", encoding="utf-8") as file:
         for module in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -19,7 +19,7 @@ class CacheSlice:
 
     positions: slice | Tensor  # of the new characters in their sequences; as a tensor, int64 (T,)
     slots: slice | Tensor  # where their keys and values are stored, likewise
-    visible: tuple[int, int]  # first slot that any of them attends to, and number of slots
+    visible: tuple[int, int]  # slots that they attend to: the first, and their number
     mask: Tensor | None  # 0 and -inf, (T, visible slots); None if all visible slots are attended to
 
 
@@ -62,8 +62,8 @@ class KVCache:
     """Keys and values of the last characters of B sequences of equal length, in order.
 
     When more than ``slots`` characters are read, those that no later one attends to are dropped. ``length`` counts the
-    characters since the last :meth:`clear`. ``recent`` has all vectors that convolutions read again: embeddings, and
-    inputs of feed-forward layers, (n_layer, B, mlp_conv - 1, C). A forward pass overwrites them.
+    characters since the last :meth:`clear`. ``inputs`` are the last ones of each feed-forward layer, (n_layer, B,
+    mlp_conv - 1, C). ``recent`` has all vectors that convolutions read again, which a forward pass overwrites.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class KVCache:
         self.current = CacheSlice(slice(0, 0), slice(0, 0), (0, slots), None)
         wide, C = torch.promote_types(dtype, torch.float32), config.n_embd
         embeddings = torch.zeros(batch_size, config.embd_conv - 1, C, dtype=wide, device=device)
-        inputs = torch.zeros(config.n_layer, batch_size, config.mlp_conv - 1, C, dtype=wide, device=device)
-        self.recent = (embeddings, inputs)
+        self.inputs = torch.zeros(config.n_layer, batch_size, config.mlp_conv - 1, C, dtype=wide, device=device)
+        self.recent = (embeddings, self.inputs)
         self.embeddings = Recent(embeddings)
         self.layers = [
-            LayerCache(self.kv[n, 0], self.kv[n, 1], self.current, Recent(inputs[n])) for n in range(config.n_layer)
+            LayerCache(self.kv[n, 0], self.kv[n, 1], self.current, Recent(self.inputs[n]))
+            for n in range(config.n_layer)
         ]
         self._masks: dict[tuple[int, int], Tensor] = {}
         self.length = self.used = 0

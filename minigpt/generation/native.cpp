@@ -206,7 +206,7 @@ void normalize(const Real *x, int64_t size, const Norm &norm, Output *y) {
     }
 }
 
-// z = y plus the weighted last inputs; then y is the newest of them, in place of the oldest.
+// Write y plus the weighted recent inputs to z. Then y replaces the oldest input, and comes last.
 template <class Real, class Output>
 void convolve(const Real *y, const Real *weights, Real *recent, int64_t count, int64_t size, Output *z) {
     for (int64_t i = 0; i < size; i++) {
