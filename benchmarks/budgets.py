@@ -1,7 +1,7 @@
 """The loss that a time of training buys: profiles of this project, each over several seeds, next to peers.
 
     python -m benchmarks.budgets                                 the profiles for a CPU, and the peers
-    python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peer-seconds 0
+    python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peers       one profile alone
     python -m benchmarks.budgets shakespeare-cpu --held-out start        on a split that chose nothing
     python -m benchmarks.budgets shakespeare-cpu --text FILE             on another text
 
@@ -72,7 +72,7 @@ def train_peer(who: str, seconds: float, options: argparse.Namespace) -> Curve:
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train a contender in a process of its own."""
-    given = {"one": seed, "text": options.text, "device": options.device, "peer-seconds": options.peer_seconds}
+    given = {"one": seed, "text": options.text, "device": options.device, "peer-seconds": options.peer_seconds or 0}
     flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
     command = [sys.executable, "-m", "benchmarks.budgets", name, *flags]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -131,7 +131,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
     parser.add_argument("--held-out", choices=("end", "start"), default="end", help="the tenth of the text to hold out")
-    parser.add_argument("--peer-seconds", type=float, default=180, help="seconds that each peer trains; 0: no peers")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none without a name"
+    )
+    parser.add_argument(
+        "--peer-seconds", type=float, help="seconds that each peer trains; default: as the last profile"
+    )
     parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks", help="a folder")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,12 +156,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.held_out == "start":
             options.text = with_start_last(options.text, Path(folder))
-        peers = list(PEERS.values()) if options.peer_seconds else []
+        peers = [PEERS[who] for who in options.peers]
         for name, seeds in [(name, options.seeds) for name in options.profiles] + [(name, 1) for name in peers]:
             runs = results[name] = [measure(name, seed, options) for seed in range(1, seeds + 1)]
             losses = [run["loss"] for run in runs]
             spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
-            print(f"{name:50} {mean(run['seconds'] for run in runs):6.1f} s  {mean(losses):.4f} {spread}", flush=True)
+            seconds = mean(run["seconds"] for run in runs)
+            print(f"{name:50} {seconds:6.1f} s  {mean(losses):.4f} {spread}", flush=True)
+            if name == options.profiles[-1]:
+                options.peer_seconds = options.peer_seconds or seconds
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),

@@ -5,18 +5,22 @@ python -m stages.prepare        data.source -> data/prepared/{train,val,test}.np
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from minigpt import errors, params
 from minigpt.data.checks import check_corpus
 from minigpt.data.encode import encode_corpus
 from minigpt.files import atomic_directory
+from minigpt.tracking.sender import start_sender
 from stages import PREPARED
 
 
 def main() -> None:
     """Run the stage."""
     settings = params.load()
+    if "DVC_STAGE" in os.environ:
+        start_sender()  # imports MLflow meanwhile, for the next stage
     data = settings.data
     with atomic_directory(PREPARED) as folder:
         tokenizer, sizes = encode_corpus(

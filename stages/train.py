@@ -40,6 +40,7 @@ def main() -> None:
     from minigpt import export
     from minigpt.data.checks import check_corpus
     from minigpt.data.dataset import load_corpus
+    from minigpt.evaluation import charts
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
@@ -63,6 +64,7 @@ def main() -> None:
                 try:
                     begin(tracker, trainer, settings)
                     result = trainer.run()
+                    charts.start_renderer()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
                     write_results(result, tracker, settings.data.source)
                     record(result, tracker, settings.data.source)
@@ -125,10 +127,11 @@ def record(result: TrainResult, tracker: Tracker, source: str) -> None:
     tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
     with tempfile.TemporaryDirectory() as temporary:
         chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
+        tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))
+        tracker.upload()  # while the chart is drawn
         tracker.attempt("loss chart", lambda: loss_chart(result.history, result.batches, source, chart))
         if chart.exists():
             tracker.journal.artifact(chart, "train")
-        tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))
     tracker.note(RESULTS, "train")
     tracker.journal.tags({"throughput": f"{metrics['chars_per_second']:,} characters/s"})
 

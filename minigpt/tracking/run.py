@@ -74,10 +74,11 @@ class Tracker:
         journal.status("RUNNING")
         self.attempt("system metrics", lambda: self._start_monitor(device))
         self.upload()
-        self._background.wait_until_ready()  # its import would slow the first steps, which are timed
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record metrics at a step."""
+        if not self._has_metrics:
+            self._background.wait_until_ready()  # the import of MLflow would slow the first steps, which are timed
         self._has_metrics = True
         self.journal.metrics(step, {NAMES.get(name, name): value for name, value in values.items()})
 

@@ -221,7 +221,7 @@ def run_program(main, folder):
     code, out, err = 0, io.StringIO(), io.StringIO()
     with guarded(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            errors.run(main)
+            errors.report(main)
         except SystemExit as end:
             code = end.code or 0
     message = err.getvalue()

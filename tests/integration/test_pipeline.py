@@ -70,7 +70,8 @@ def repository(tmp_path_factory, project_files):
 @pytest.fixture
 def copy(repository, tmp_path):
     """A copy of the repository that a test may change."""
-    return Path(shutil.copytree(repository[0], tmp_path / "copy"))
+    running = shutil.ignore_patterns("sender")  # the socket of the process that sends records
+    return Path(shutil.copytree(repository[0], tmp_path / "copy", ignore=running))
 
 
 def repro(folder):
