@@ -168,10 +168,11 @@ def main() -> None:
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),
-        "commit": commit(), "machine": machine(options.device), "held_out": options.held_out,
+        "commit": commit(), "machine": machine(options.device), "text": options.text.name, "held_out": options.held_out,
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
-    target = options.results / f"{facts['date'][:10]}-{options.device.partition(':')[0]}-budgets.json"
+    parts = [facts["date"][:10], options.device.partition(":")[0], "budgets", options.text.stem, options.held_out]
+    target = options.results / f"{'-'.join(parts)}.json"
     target.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n", encoding="utf-8")
     draw(results, target.with_suffix(".png"))
     print(f"written to {target.with_suffix('')}.*")

@@ -63,7 +63,7 @@ def run(main: Callable[[], None]) -> None:
         if not isinstance(stop.code, int | None):
             raise
         code = stop.code or 0
-    if sys.gettrace() or sys.getprofile():  # a profiler or debugger has work to do at the end
+    if _is_observed():
         sys.exit(code)
     atexit._run_exitfuncs()
     try:
@@ -72,6 +72,13 @@ def run(main: Callable[[], None]) -> None:
     except OSError:  # the reader has gone, and Python reports it
         sys.exit(code)
     os._exit(code)
+
+
+def _is_observed() -> bool:
+    """Return whether a profiler or debugger is active, which has work to do at the end."""
+    if sys.version_info >= (3, 12) and any(map(sys.monitoring.get_tool, range(6))):
+        return True
+    return bool(sys.gettrace() or sys.getprofile())
 
 
 def report(main: Callable[[], None]) -> None:

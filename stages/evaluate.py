@@ -48,7 +48,7 @@ def main() -> None:
     cpu.configure_cpu()  # before torch is imported
     from minigpt import export
     from minigpt.data import dataset, splits
-    from minigpt.evaluation import by_file, charts
+    from minigpt.evaluation import by_file
     from minigpt.evaluation.breakdown import Breakdown
     from minigpt.runtime.device import choose_device, compute_dtype
     from minigpt.tracking.run import tracker_of_model
@@ -70,7 +70,6 @@ def main() -> None:
     stride = settings.evaluate.stride or model.config.block_size // 2
     test = score_text("test", model, corpus.test, tokenizer, files=files["test"])[0] if corpus.test else None
     val, losses = score_validation(model, corpus, stride, breakdown, files["val"])
-    charts.start_renderer()  # the n-gram models leave a core free
     baselines, versus_ngram = score_baselines(corpus, losses)
     train = score_training(model, corpus.train, settings.evaluate.train_chars)
     metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}

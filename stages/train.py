@@ -40,7 +40,6 @@ def main() -> None:
     from minigpt import export
     from minigpt.data.checks import check_corpus
     from minigpt.data.dataset import load_corpus
-    from minigpt.evaluation import charts
     from minigpt.runtime.distributed import join_process_group
     from minigpt.tracking.run import Tracker
     from minigpt.training.checkpoint import Checkpoints, fingerprint
@@ -64,7 +63,6 @@ def main() -> None:
                 try:
                     begin(tracker, trainer, settings)
                     result = trainer.run()
-                    charts.start_renderer()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
                     write_results(result, tracker, settings.data.source)
                     record(result, tracker, settings.data.source)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import html
 import re
-import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +39,6 @@ MAX_CHARACTERS = 15
 
 VEGA_LITE = "5.21"
 """Release of Vega-Lite that renders. The templates are written for major version 5, as DVC's own templates are."""
-
-
-def start_renderer() -> None:
-    """Start the renderer in a thread while the stage does other work. The start takes longer than a chart."""
-
-    def start() -> None:
-        with suppress(Exception):  # the first chart reports it
-            import vl_convert
-
-            vl_convert.vegalite_to_svg({"mark": "point", "data": {"values": []}}, vl_version=VEGA_LITE)
-
-    threading.Thread(target=start, name="renderer", daemon=True).start()
 
 
 def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:

@@ -70,8 +70,7 @@ def repository(tmp_path_factory, project_files):
 @pytest.fixture
 def copy(repository, tmp_path):
     """A copy of the repository that a test may change."""
-    running = shutil.ignore_patterns("sender")  # the socket of the process that sends records
-    return Path(shutil.copytree(repository[0], tmp_path / "copy", ignore=running))
+    return Path(shutil.copytree(repository[0], tmp_path / "copy"))
 
 
 def repro(folder):

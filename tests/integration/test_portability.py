@@ -1,4 +1,4 @@
-"""Systems without Unix's fcntl module and without CPU affinity, such as Windows."""
+"""Systems without Unix's fcntl module, CPU affinity and Unix sockets, such as Windows."""
 
 import ast
 
@@ -8,7 +8,8 @@ from helpers.workspace import ROOT, python
 SOURCES = sorted(path.relative_to(ROOT) for part in ("minigpt", "stages") for path in (ROOT / part).rglob("*.py"))
 
 BLOCK = """
-import os, sys
+import os, psutil, socket, sys  # psutil for Linux needs sockets
+del socket.AF_UNIX
 sys.modules["fcntl"] = None  # any import of it raises ModuleNotFoundError
 for name in ("sched_getaffinity", "sched_setaffinity"):
     if hasattr(os, name):

@@ -1,5 +1,6 @@
 """Tests of the process that sends records."""
 
+import json
 import os
 import socket
 import threading
@@ -81,6 +82,15 @@ def test_stage_continues_after_its_sender_was_killed(start, capsys):
     assert f"{problem}; run `minigpt sync` to send them" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_last_words_of_a_sender_are_the_reason(start):
+    process = start()
+    assert process.ready.wait(timeout=60)
+    sender.log_path(sender.socket_path()).write_text("a warning\nIllegal instruction\n")
+    process.process.kill()
+    with pytest.raises(SendError, match=r"has ended: Illegal instruction$"):
+        send(process, KEY)
+
+
 def test_sender_ends_with_a_stage_that_dvc_did_not_start(start, monkeypatch):
     monkeypatch.delenv("DVC_STAGE")
     process = start()
@@ -104,10 +114,11 @@ def test_next_stage_joins_the_sender_and_its_records_are_in_the_store(start):
 def test_unused_sender_ends_and_removes_its_socket(start, here, monkeypatch):
     monkeypatch.setattr(sender, "LINGER", 0.2)
     process = start()
-    assert (here / ".journal" / "sender").is_socket()
+    path = sender.socket_path()
+    assert path.is_socket()
     process.close()
     assert process.process.wait(timeout=60) == 0
-    assert not (here / ".journal" / "sender").exists()
+    assert not list(path.parent.glob(f"{path.name}*"))
 
 
 def test_unused_sender_ends_after_dvc_has_deleted_the_copy_in_which_an_experiment_ran(start, here, monkeypatch):
@@ -115,13 +126,13 @@ def test_unused_sender_ends_after_dvc_has_deleted_the_copy_in_which_an_experimen
     monkeypatch.setenv("DVC_ROOT", str(here))
     (here / "copy").mkdir()
     monkeypatch.chdir(here / "copy")
-    process = start()
+    process, path = start(), sender.socket_path()
     assert process.ready.wait(timeout=60)
     monkeypatch.chdir(here)
     (here / "copy").rmdir()
     process.close()
     assert process.process.wait(timeout=60) == 0
-    assert not (here / ".journal" / "sender").exists()
+    assert not list(path.parent.glob(f"{path.name}*"))
 
 
 def test_stage_with_another_environment_has_a_sender_of_its_own(start, monkeypatch):
@@ -130,10 +141,28 @@ def test_stage_with_another_environment_has_a_sender_of_its_own(start, monkeypat
     monkeypatch.setenv("DVC_EXP_NAME", "another-experiment")
     assert start().process is None
     monkeypatch.setenv("DAGSHUB_USER_TOKEN", TOKEN)
-    second = start()
-    assert second.process.pid != first.process.pid
-    first.close()
-    assert start().process is None  # the end of the first one does not remove the socket of the second
+    assert start().process.pid != first.process.pid
+
+
+def test_token_that_was_corrected_has_a_sender_of_its_own(start, here, monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)  # they are set, and unset after the test
+    monkeypatch.setenv("DAGSHUB_REPO", "someone/minigpt")
+    monkeypatch.setenv("DAGSHUB_CLIENT_TOKENS_CACHE", str(here / "tokens"))
+    token = {"token_type": "app-token", "access_token": "expired"}
+    (here / "tokens").write_text(json.dumps({"https://dagshub.com": [token]}))
+    first = start()
+    assert start().process is None
+    (here / "tokens").write_text(json.dumps({"https://dagshub.com": [token | {"access_token": "valid"}]}))
+    assert start().process.pid != first.process.pid
+
+
+def test_invalid_address_of_a_store_is_reported_and_nothing_waits(start, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:mlflow.db")
+    process = start()
+    assert process.ready.wait(timeout=60)
+    with pytest.raises(SendError, match="Could not parse"):
+        send(process, KEY)
 
 
 @pytest.mark.slow
