@@ -117,7 +117,10 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
                 "field": "loss", "type": "quantitative", "scale": {"zero": False},
                 "title": "validation loss (nats per character)",
             },
-            "color": {"field": "contender", "type": "nominal", "title": None, "legend": {"labelLimit": 0}},
+            "color": {
+                "field": "contender", "type": "nominal", "title": None, "legend": {"labelLimit": 0},
+                "scale": {"domain": list(results)},
+            },
         },
     }  # fmt: skip
     render([[lines]], "Loss against the time of training", target)
