@@ -46,7 +46,8 @@ coverage_ignore_modules = [r"minigpt\.__main__"]
 
 nitpicky = True
 nitpick_ignore_regex = [  # names of other packages, and parts of annotations
-    (r"py:.*", r"(annotated_types|click|collections|contextlib|io|mlflow|numpy|pandas|pathlib|pydantic|torch)\..+"),
+    (r"py:.*", r"(annotated_types|click|collections|contextlib|io|mlflow|numpy|pandas|pathlib|pydantic)\..+"),
+    (r"py:.*", r"(socket|subprocess|torch)\..+"),
     (
         r"py:class",
         r"NoneType|NDArray|np\.float64|Optimizer|optional|Tensor|FieldInfo|MinLen|MaxLen|_PydanticGeneralMetadata|Path|Run|Rows|[\d.e-]+",

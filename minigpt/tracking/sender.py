@@ -101,10 +101,9 @@ class Sender:
 
 
 def start_sender() -> Sender | None:
-    """Join the process of an earlier stage, or start one.
+    """Join the process of an earlier stage, or start one. Return None if that is impossible.
 
-    Returns:
-        None if that is impossible: then the stage itself sends its records.
+    Then the stage itself sends its records.
     """
     if not hasattr(socket, "AF_UNIX"):  # Windows
         return None
