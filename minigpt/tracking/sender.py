@@ -118,7 +118,10 @@ def start_sender() -> Sender | None:
 
 
 def socket_path() -> Path:
-    """Return the path of the socket, which names all on which the sending of this stage's records depends."""
+    """Return the path of the socket, named by a digest of all on which the sending of this stage's records depends.
+
+    Raise a UserError for a store that the stage will refuse, and OSError if no folder is private.
+    """
     uri = resolve_tracking_uri()  # moves the credentials to variables
     # DVC's variables name the stage and the experiment.
     variables = sorted(pair for pair in os.environ.items() if not pair[0].startswith("DVC_"))

@@ -17,7 +17,7 @@ from minigpt.tracking.sender import SendError, start_sender
 
 KEY, OTHER_KEY = "a" * 32, "b" * 32
 STAGE = """if True:
-    import os, sys
+    import sys
     from minigpt.tracking.run import Tracker
     from minigpt.tracking.sender import start_sender
     sender = start_sender()
@@ -111,7 +111,7 @@ def test_next_stage_joins_the_sender_and_its_records_are_in_the_store(start):
         check_store(store.resolve_tracking_uri(), key)
 
 
-def test_unused_sender_ends_and_removes_its_socket(start, here, monkeypatch):
+def test_unused_sender_ends_and_removes_its_socket(start, monkeypatch):
     monkeypatch.setattr(sender, "LINGER", 0.2)
     process = start()
     path = sender.socket_path()
@@ -136,7 +136,6 @@ def test_unused_sender_ends_after_dvc_has_deleted_the_copy_in_which_an_experimen
 
 
 def test_stage_with_another_environment_has_a_sender_of_its_own(start, monkeypatch):
-    monkeypatch.setattr(sender, "LINGER", 0.2)
     first = start()
     monkeypatch.setenv("DVC_EXP_NAME", "another-experiment")
     assert start().process is None
