@@ -9,7 +9,9 @@ If there is a test split, this is the only stage that reads it.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from minigpt.evaluation.by_file import FileRecorder
     from minigpt.evaluation.character_losses import CharacterLosses
     from minigpt.evaluation.loss import Score
+    from minigpt.evaluation.ngrams import NGrams
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
 
@@ -46,6 +49,7 @@ def main() -> None:
     check_replaceable(RESULTS / "evaluate")  # before the work
     sender = start_sender()  # imports MLflow meanwhile
     cpu.configure_cpu()  # before torch is imported
+    counting = start_counting()  # meanwhile, torch is imported
     from minigpt import export
     from minigpt.data import dataset, splits
     from minigpt.evaluation import by_file
@@ -63,6 +67,7 @@ def main() -> None:
             f"{MODEL}: its vocabulary differs from that of {PREPARED}; train again with `dvc repro train`"
         )
 
+    ngrams = counting.result()
     sizes = {"train": len(corpus.train), "val": len(corpus.val)} | ({"test": corpus.n_test} if corpus.test else {})
     parts = splits.load_files(PREPARED, sizes)
     files = {name: by_file.FileRecorder(splits.ranges(parts, name)) for name in reversed(sizes) if name != "train"}
@@ -70,7 +75,7 @@ def main() -> None:
     stride = settings.evaluate.stride or model.config.block_size // 2
     test = score_text("test", model, corpus.test, tokenizer, files=files["test"])[0] if corpus.test else None
     val, losses = score_validation(model, corpus, stride, breakdown, files["val"])
-    baselines, versus_ngram = score_baselines(corpus, losses)
+    baselines, versus_ngram = score_baselines(ngrams, corpus, losses)
     train = score_training(model, corpus.train, settings.evaluate.train_chars)
     metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
     metrics = ({"test": test} if test else {}) | metrics
@@ -85,6 +90,23 @@ def main() -> None:
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "scores.json", scores(metrics, require_json(RESULTS / "train" / "metrics.json", "metrics")))
     track(tracker, settings, metrics, breakdown, compared)
+
+
+def start_counting() -> Future[NGrams]:
+    """Count the n-grams of the training split in a thread. If its file is damaged, the result is an error."""
+    import numpy as np
+
+    from minigpt.data.encode import SPLITS
+    from minigpt.data.tokenizer import Tokenizer
+    from minigpt.evaluation.ngrams import count_ngrams
+
+    def count() -> NGrams:
+        tokens = np.load(PREPARED / SPLITS[0], mmap_mode="r")
+        return count_ngrams(tokens, Tokenizer.load(PREPARED / "tokenizer.json").vocab_size)
+
+    # Each of the many calls of NumPy waits this long for the import; by default, ten times as long.
+    sys.setswitchinterval(0.0005)
+    return ThreadPoolExecutor(1).submit(count)
 
 
 def score_text(
@@ -186,7 +208,7 @@ def summarize(name: str, scored: Score) -> dict[str, Any]:
     return {"loss": scored.loss, "bits_per_character": bits, "perplexity": scored.perplexity, "characters": count}
 
 
-def score_baselines(corpus: Corpus, losses: CharacterLosses) -> tuple[dict[str, float], dict[str, Any]]:
+def score_baselines(model: NGrams, corpus: Corpus, losses: CharacterLosses) -> tuple[dict[str, float], dict[str, Any]]:
     """Score the validation split with n-gram models of the training split, and compare the best with ``losses``.
 
     Returns:
@@ -196,7 +218,6 @@ def score_baselines(corpus: Corpus, losses: CharacterLosses) -> tuple[dict[str, 
     from minigpt.evaluation.character_losses import LossRecorder
 
     train, val = (split.tokens.numpy(force=True) for split in (corpus.train, corpus.val))
-    model = ngrams.count_ngrams(train, corpus.tokenizer.vocab_size)
     recorders = [LossRecorder(len(val) - 1) for _ in range(model.order)]
 
     def record(nats: NDArray[np.float64]) -> None:
