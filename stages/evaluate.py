@@ -272,6 +272,7 @@ def track(
     from minigpt.evaluation import charts
 
     tracker.journal.artifact(RESULTS / "evaluate")
+    tracker.upload()  # while the chart is drawn
     with tempfile.TemporaryDirectory() as temporary:
         chart = Path(temporary) / "evaluation.png"
         tracker.attempt(
