@@ -1,7 +1,7 @@
 """The recipe with one change at a time, over several seeds: what each part of it is worth.
 
     python -m benchmarks.ablations                     every variant, seeds 1 to 3
-    python -m benchmarks.ablations ema tied --seeds 5
+    python -m benchmarks.ablations ema "tied head" --seeds 5
 
 Losses are exact, on the validation split in windows that do not overlap; all variants read the same number of
 characters. What the library has no switch for, because it does not pay, is built here.

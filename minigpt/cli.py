@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from minigpt.data.tokenizer import Tokenizer
 
 MODEL, RESULTS = Path("models/gpt"), Path("results")
-LONGEST_PROMPT = 64 << 20
-"""Bytes that are read from standard input, which may have no end."""
+LONGEST_PROMPT = 64 << 20  # bytes that are read from standard input, which may have no end
 
 FilePath = click.Path(path_type=Path)
 
@@ -76,9 +75,7 @@ def write_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def option_type(field: FieldInfo) -> Any:
     """Return click's type of the option for a field."""
-    limits = {
-        name: getattr(item, name) for item in field.metadata for name in ("ge", "gt", "le") if hasattr(item, name)
-    }
+    limits = {key: getattr(item, key) for item in field.metadata for key in ("ge", "gt", "le") if hasattr(item, key)}
     if get_origin(field.annotation) is Literal:
         return ChoiceType(get_args(field.annotation))
     if field.annotation in (int, float):
@@ -242,16 +239,16 @@ def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
 def check(files: tuple[Path, ...]) -> None:
     """Validate FILES, by default params.yaml.
 
-    A file in configs/ is validated together with the values of params.yaml that it does not set. If the text exists,
-    it is checked, too.
+    A file in configs/ is validated together with the values of params.yaml that it does not set. The text is checked,
+    too, if it exists and is not very long.
     """
     from minigpt.data.checks import check_text
 
     for path in files or [profiles.PARAMS]:
         profile = path.parent.name == profiles.DIRECTORY.name
         settings = profiles.load_profile(path.stem) if profile else params.load(path)
-        check_text(settings)
-        print(f"minigpt: {path}, with {settings.data.source}: no mistakes")
+        unread = check_text(settings)
+        print(f"minigpt: {path}, with {settings.data.source}: no mistakes" + (f", but {unread}" if unread else ""))
 
 
 def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:

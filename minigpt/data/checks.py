@@ -12,19 +12,22 @@ from minigpt.errors import UserError
 from minigpt.params import Params
 
 
-def check_text(settings: Params) -> None:
+def check_text(settings: Params) -> str:
     """Read the text of ``data.source`` and check it as the stages do; raise a UserError if one of them would fail.
 
-    A text that does not exist, because it is not downloaded yet, is not an error here. A very long one is not read.
+    Returns:
+        why the text was not read, or an empty string. One that does not exist may not be downloaded yet.
     """
     data, source = settings.data, Path(settings.data.source)
     if not os.path.lexists(source):
-        return
+        return f"{source} does not exist"
     paths = find_text_files(source)
-    if sum(path.stat().st_size for path in paths) < MIN_PARALLEL_BYTES:
-        rule = SplitRule(data.val_fraction, data.test_fraction, data.split)
-        found = survey(source, list(split_into_pieces(paths, data.normalize)), rule, data.normalize)
-        check_corpus(settings, found.tokenizer, found.layout.sizes["train"])
+    if sum(path.stat().st_size for path in paths) >= MIN_PARALLEL_BYTES:
+        return f"{source} was not read, because it has more than {MIN_PARALLEL_BYTES // 1_000_000} MB"
+    rule = SplitRule(data.val_fraction, data.test_fraction, data.split)
+    found = survey(source, list(split_into_pieces(paths, data.normalize)), rule, data.normalize)
+    check_corpus(settings, found.tokenizer, found.layout.sizes["train"])
+    return ""
 
 
 def check_corpus(settings: Params, tokenizer: Tokenizer, n_train: int) -> None:

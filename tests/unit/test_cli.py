@@ -286,7 +286,9 @@ def test_check_validates_the_given_files(minigpt, workspace):
     (workspace / "other.yaml").write_text("model: 3\n")
     assert "other.yaml: 5 mistakes" in minigpt("check", "params.yaml", "other.yaml", cwd=workspace).stderr
     profiles = [f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.yaml"))]
-    assert minigpt("check", *profiles, cwd=workspace).returncode == 0
+    ran = minigpt("check", *profiles, cwd=workspace)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "with data/shakespeare.txt: no mistakes, but data/shakespeare.txt does not exist\n" in ran.stdout
     (workspace / "configs/mine.yaml").write_text("# Mine.\nmodel:\n  n_layers: 3\n")
     ran = minigpt("check", "configs/mine.yaml", cwd=workspace)
     assert ran.stderr == "minigpt: configs/mine.yaml: model.n_layers: unknown key; did you mean n_layer?\n"

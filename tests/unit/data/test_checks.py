@@ -35,8 +35,14 @@ def test_text_that_a_later_stage_cannot_use_is_rejected(tmp_path, kind):
         check_text(params_with(data={"source": str(tmp_path / "a.txt")}))
 
 
-def test_missing_text_is_no_mistake_in_the_params(tmp_path):
-    check_text(params_with(data={"source": str(tmp_path / "none.txt")}))
+def test_check_says_why_it_did_not_read_the_text(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    settings = params_with(data={"source": str(text)})
+    assert check_text(settings) == f"{text} does not exist"
+    text.write_text("abc\n" * 50)
+    assert check_text(settings) == ""
+    monkeypatch.setattr("minigpt.data.checks.MIN_PARALLEL_BYTES", 200)
+    assert "a.txt was not read, because it has more than" in check_text(settings)
 
 
 def test_every_prompt_is_checked_after_normalization():
