@@ -126,6 +126,23 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
     render([[lines]], "Loss against the time of training", target)
 
 
+def save(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Write the results with machine, versions, date and command, and a picture of the curves."""
+    from benchmarks.__main__ import commit, machine
+
+    facts = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),
+        "commit": commit(), "machine": machine(options.device), "text": options.text.name, "held_out": options.held_out,
+    }  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    parts = [facts["date"][:10], options.device.partition(":")[0], "budgets", options.text.stem, options.held_out]
+    target = options.results / f"{'-'.join(parts)}.json"
+    target.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n", encoding="utf-8")
+    draw(results, target.with_suffix(".png"))
+    print(f"written to {target.with_suffix('')}.*")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -153,8 +170,6 @@ def main() -> None:
         print(json.dumps(curve))
         return
 
-    from benchmarks.__main__ import commit, machine
-
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if options.held_out == "start":
@@ -168,17 +183,7 @@ def main() -> None:
             print(f"{name:50} {seconds:6.1f} s  {mean(losses):.4f} {spread}", flush=True)
             if name == options.profiles[-1]:
                 options.peer_seconds = options.peer_seconds or seconds
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),
-        "commit": commit(), "machine": machine(options.device), "text": options.text.name, "held_out": options.held_out,
-    }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    parts = [facts["date"][:10], options.device.partition(":")[0], "budgets", options.text.stem, options.held_out]
-    target = options.results / f"{'-'.join(parts)}.json"
-    target.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n", encoding="utf-8")
-    draw(results, target.with_suffix(".png"))
-    print(f"written to {target.with_suffix('')}.*")
+    save(results, options)
 
 
 if __name__ == "__main__":
