@@ -251,8 +251,9 @@ def served_model(folder):
     package(export_small(folder / "gpt"), folder / "model")
     port = free_port()
     program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # it has uvicorn
     with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen([*program, "-p", str(port)], cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen([*program, "-p", str(port)], cwd=folder, env=environment, stdout=log, stderr=log)
         try:
             while not answers(f"http://127.0.0.1:{port}/ping"):
                 assert process.poll() is None, (folder / "server.log").read_text()
