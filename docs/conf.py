@@ -50,7 +50,7 @@ nitpick_ignore_regex = [  # names of other packages, and parts of annotations
     (r"py:.*", r"(socket|subprocess|torch)\..+"),
     (
         r"py:class",
-        r"NoneType|NDArray|np\.float64|Optimizer|optional|Tensor|FieldInfo|MinLen|MaxLen|_PydanticGeneralMetadata|Path|Run|Rows|[\d.e-]+",
+        r"NoneType|NDArray|Future|np\.float64|Optimizer|optional|Tensor|FieldInfo|MinLen|MaxLen|_PydanticGeneralMetadata|Path|Run|Rows|[\d.e-]+",
     ),
     (r"py:.*", r"MlflowClient|MlflowException|list\[dict\[str"),
     (r"py:class", r"minigpt\.[\w.]+\.(T|SectionT|_\w+)"),
