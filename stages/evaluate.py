@@ -104,7 +104,7 @@ def start_counting() -> Future[NGrams]:
         tokens = np.load(PREPARED / SPLITS[0], mmap_mode="r")
         return count_ngrams(tokens, Tokenizer.load(PREPARED / "tokenizer.json").vocab_size)
 
-    # Each of the many calls of NumPy waits this long for the import; by default, ten times as long.
+    # Each of the many calls of NumPy waits for the import, for this many seconds; by default, ten times as long.
     sys.setswitchinterval(0.0005)
     return ThreadPoolExecutor(1).submit(count)
 

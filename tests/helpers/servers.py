@@ -23,6 +23,8 @@ import pytest
 from filelock import FileLock
 from werkzeug.security import generate_password_hash
 
+from helpers.workspace import search_path
+
 TOKEN = secrets.token_hex(10)
 """User and password of every server here. DagsHub accepts a token as both."""
 
@@ -251,7 +253,7 @@ def served_model(folder):
     package(export_small(folder / "gpt"), folder / "model")
     port = free_port()
     program = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder / "model", "--env-manager", "local"]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # it has uvicorn
+    environment = os.environ | {"PATH": search_path()}  # MLflow starts uvicorn
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen([*program, "-p", str(port)], cwd=folder, env=environment, stdout=log, stderr=log)
         try:

@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from helpers.workspace import make_workspace, python, set_params
+from helpers.workspace import make_workspace, python, search_path, set_params
 
 LONG = {"train": {"max_iters": 300, "eval_interval": 50}}
 """Params of a training that is long enough to be stopped halfway."""
@@ -26,9 +25,8 @@ def prepare(folder, project_files, *changes):
 def environment(**variables):
     """Return this environment without tracking and DVC, for trainings that save checkpoints often."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_", "DVC_"))}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return kept | {
-        "PATH": path,
+        "PATH": search_path(),
         "MINIGPT_CHECKPOINT_SECONDS": "0.1",
         "MINIGPT_CPU": "off",
         "OMP_NUM_THREADS": "1",

@@ -56,12 +56,16 @@ def python(*arguments, cwd, **variables):
     return command(sys.executable, *arguments, cwd=cwd, **variables)
 
 
+def search_path():
+    """Return the PATH with which a program finds the environment of the tests first."""
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def command(*arguments, cwd, **variables):
     """Run a program with one thread, the interpreter of the tests first in PATH, and no tracking variables."""
     dropped = ("MLFLOW_", "DAGSHUB_", "DVC_", "MINIGPT_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment |= {"PATH": path, "OMP_NUM_THREADS": "1", **variables}
+    environment |= {"PATH": search_path(), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         list(map(str, arguments)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
