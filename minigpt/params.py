@@ -134,6 +134,7 @@ class TrainParams(Section):
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
     grad_clip: NotNegative
     token_noise: Fraction
+    temperature: Annotated[float, Field(ge=0.1, le=10)]
     eval_interval: Count
     eval_chars: Count
     patience: CountOrZero

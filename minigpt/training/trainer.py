@@ -208,7 +208,7 @@ class Trainer:
                 replaced = torch.rand(ids.shape, device=ids.device) < train.token_noise
                 ids = torch.where(replaced, torch.randint_like(ids, self.model.vocab_size), ids)
             with group.no_sync(self.parallel, micro != mine[-1]):
-                loss = cross_entropy(self.logits(ids), targets)
+                loss = cross_entropy(self.logits(ids) / train.temperature, targets)
                 (loss * (self.state.loss_scale if self.half else 1) / len(mine)).backward()
             total += loss.detach() / train.grad_accum
         return total

@@ -142,6 +142,19 @@ def test_gradient_accumulation_equals_the_whole_batch(corpus, tmp_path):
     torch.testing.assert_close(scalars_1, scalars_4)
 
 
+def test_temperature_divides_the_logits_of_the_loss(corpus, tmp_path):
+    def first_gradient(temperature, head_scale):
+        model = {"dropout": 0.0, "tied_head": False}
+        trainer = make_trainer(corpus, tmp_path, model=model, temperature=temperature, dtype="float32")
+        torch.nn.init.normal_(trainer.model.head.weight)
+        with torch.no_grad():
+            trainer.model.head.weight.mul_(head_scale)
+        loss = trainer.accumulate_gradient(0)
+        return loss, trainer.model.embedding.weight.grad, trainer.model.head.weight.grad * head_scale
+
+    torch.testing.assert_close(first_gradient(0.5, 1.0), first_gradient(1.0, 2.0))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_model_has_the_same_gradient(corpus, tmp_path):
