@@ -2,6 +2,7 @@
 
     python -m benchmarks.budgets                                 the profiles for a CPU, and the peers
     python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peers       one profile alone
+    python -m benchmarks.budgets shakespeare-1min --steps 470            in a shorter training
     python -m benchmarks.budgets shakespeare-cpu --held-out start        on a split that chose nothing
     python -m benchmarks.budgets shakespeare-cpu --text FILE             on another text
 
@@ -43,11 +44,13 @@ Curve = list[tuple[float, float]]
 
 
 def train_profile(name: str, seed: int, options: argparse.Namespace) -> Curve:
-    """Train a profile to its end."""
+    """Train a profile, for its own number of steps or the one of the command line."""
     from minigpt.runtime import cpu
 
     cpu.configure_cpu()
     changes = {"device": options.device, "seed": seed, "sample_chars": 0}
+    if options.steps:
+        changes["max_iters"] = options.steps
     return loss_curve(profile(name, train=changes), prepared(options))
 
 
@@ -72,7 +75,10 @@ def train_peer(who: str, seconds: float, options: argparse.Namespace) -> Curve:
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train a contender in a process of its own."""
-    given = {"one": seed, "text": options.text, "device": options.device, "peer-seconds": options.peer_seconds or 0}
+    given = {
+        "one": seed, "text": options.text, "device": options.device,
+        "steps": options.steps, "peer-seconds": options.peer_seconds or 0,
+    }  # fmt: skip
     flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
     command = [sys.executable, "-m", "benchmarks.budgets", name, *flags]
     ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -148,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("profiles", nargs="*", default=PROFILES, help=f"default: {' '.join(PROFILES)}")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=0, help="steps of each profile; default: its own number")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
     parser.add_argument("--held-out", choices=("end", "start"), default="end", help="the tenth of the text to hold out")

@@ -125,6 +125,7 @@ class TrainParams(Section):
     learning_rate: NotNegative
     adam_learning_rate: NotNegative
     momentum: Fraction
+    row_norm: bool
     beta1: Fraction
     beta2: Fraction
     epsilon: Annotated[float, Field(ge=1e-30, le=1)]

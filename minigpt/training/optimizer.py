@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.choices import SCHEDULES
@@ -63,6 +64,8 @@ class Muon(EagerOptimizer):
             orthogonalized separately.
         momentum: decay of the mean of gradients (Nesterov).
         weight_decay: per unit of learning rate.
+        row_norm: give each row of an update, the weights of one output, a norm of 1 (Li et al. 2025, "NorMuon", without
+            its mean over steps). Rows of an orthogonal matrix with more rows than columns differ in norm.
         dtype: dtype of the Newton-Schulz iteration.
     """
 
@@ -70,9 +73,16 @@ class Muon(EagerOptimizer):
     """As in torch's own optimizers: a tensor on the device; if it is not 0, a step changes no parameter."""
 
     def __init__(
-        self, matrices: list[tuple[Tensor, int]], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: list[tuple[Tensor, int]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        row_norm: bool,
+        dtype: torch.dtype,
     ) -> None:
-        self._matrices, self._dtype = matrices, dtype
+        self._matrices, self._row_norm, self._dtype = matrices, row_norm, dtype
         own = [to_local(matrix) for matrix, _ in self._matrices]
         super().__init__(own, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for p in own:
@@ -95,7 +105,10 @@ class Muon(EagerOptimizer):
             torch._foreach_add_(params, directions, alpha=-group["lr"])
 
     def _orthogonalized(self, updates: list[Tensor]) -> list[Tensor]:
-        """Return orthogonalized updates times sqrt(max(1, rows / columns)), or 0 if the gradient is not finite."""
+        """Return orthogonalized updates, or 0 if the gradient is not finite.
+
+        A map's rows have a norm of about 1: its update is multiplied by sqrt(max(1, rows / columns)), or normalized.
+        """
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for index, (matrix, maps) in enumerate(self._matrices):
             shapes.setdefault((matrix.size(0), matrix.size(1), maps), []).append(index)
@@ -105,7 +118,9 @@ class Muon(EagerOptimizer):
             for members in (alike[first : first + size] for first in range(0, len(alike), size)):
                 own = [from_local(updates[index], self._matrices[index][0]) for index in members]
                 stacked = torch.stack([full_tensor(update) for update in own]).to(self._dtype)
-                batch = orthogonalize(stacked.view(-1, rows, columns)) * max(1, rows / columns) ** 0.5
+                batch = orthogonalize(stacked.view(-1, rows, columns))
+                scale = max(1, rows / columns) ** 0.5
+                batch = F.normalize(batch.float(), dim=-1) if self._row_norm else batch * scale
                 # Contiguous, so that one fused kernel adds all updates to the weights.
                 batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype).contiguous()
                 if self.found_inf is not None:
@@ -129,7 +144,14 @@ class Optimizers:
         params = list(model.parameters())
         if train.optimizer == "muon":
             matrices = list(model.matrices())
-            muon = Muon(matrices, train.learning_rate, train.momentum, train.weight_decay, dtype)
+            muon = Muon(
+                matrices,
+                lr=train.learning_rate,
+                momentum=train.momentum,
+                weight_decay=train.weight_decay,
+                row_norm=train.row_norm,
+                dtype=dtype,
+            )
             self.all.append(muon)
             self._weights |= zip(muon.param_groups[0]["params"], (matrix for matrix, _ in matrices), strict=True)
             rest = [p for p in params if p not in set(self._weights.values())]

@@ -21,22 +21,26 @@ def test_orthogonalize_keeps_directions_with_singular_values_near_one(shape):
     assert torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).flatten(1)).min() > 0.95
 
 
-def test_muon_updates_a_batch_like_single_matrices():
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_muon_updates_a_batch_like_single_matrices(row_norm):
     torch.manual_seed(0)
     weights = [torch.randn(12, 4), torch.randn(4, 4), torch.randn(4, 4), torch.randn(16, 4), torch.randn(4, 16)]
     weights.append(torch.randn(20, 4))
     maps = [3, 1, 1, 1, 1, 2]
     ours = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = Muon(list(zip(ours, maps, strict=True)), lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float32)
+    matrices = list(zip(ours, maps, strict=True))
+    muon = Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.2, row_norm=row_norm, dtype=torch.float32)
     expected, means = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
     for _ in range(3):
         for index, p in enumerate(ours):
             p.grad = torch.randn_like(p)
             means[index] = 0.9 * means[index] + 0.1 * p.grad
             nesterov = 0.1 * p.grad + 0.9 * means[index]
-            directions = [
-                orthogonalize(m[None])[0] * max(1, m.size(0) / m.size(1)) ** 0.5 for m in nesterov.chunk(maps[index])
-            ]
+            directions = []
+            for m in nesterov.chunk(maps[index]):
+                direction = orthogonalize(m[None])[0]
+                norms = direction.norm(dim=1, keepdim=True) if row_norm else min(1, m.size(1) / m.size(0)) ** 0.5
+                directions.append(direction / norms)
             expected[index] = expected[index] * (1 - 0.1 * 0.2) - 0.1 * torch.cat(directions)
         muon.step()
     for p, value in zip(ours, expected, strict=True):
@@ -97,7 +101,8 @@ def test_optimizers_do_not_import_the_compiler_of_torch():
         import sys, torch
         from minigpt.training.optimizer import AdamW, Muon
         weight = torch.nn.Parameter(torch.eye(2))
-        for optimizer in (AdamW([weight], fused=True), Muon([(weight, 1)], 0.1, 0.9, 0.0, torch.float32)):
+        settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "row_norm": False, "dtype": torch.float32}
+        for optimizer in (AdamW([weight], fused=True), Muon([(weight, 1)], **settings)):
             weight.grad = torch.ones(2, 2)
             optimizer.step()
             optimizer.state_dict()
