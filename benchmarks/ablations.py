@@ -34,7 +34,14 @@ BASE: dict[str, dict[str, Any]] = {
         "mlp_conv": 1,
         "dropout": 0.0,
     },
-    "train": {"max_iters": 300, "batch_size": 8, "eval_interval": 300, "token_noise": 0.0, "device": "cpu"},
+    "train": {
+        "max_iters": 300,
+        "batch_size": 8,
+        "eval_interval": 300,
+        "token_noise": 0.0,
+        "temperature": 1.0,
+        "device": "cpu",
+    },
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "the recipe": {},
@@ -55,6 +62,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ema": {},
     "ema, constant rate": {"train": {"schedule": "constant"}},
     "growing batch": {},
+    "batches of 6": {"train": {"batch_size": 6, "max_iters": 400, "eval_interval": 400}},
+    "rows of equal norm": {"train": {"row_norm": True}},
+    "batches of 6, rows of equal norm": {
+        "train": {"batch_size": 6, "max_iters": 400, "eval_interval": 400, "row_norm": True}
+    },
     "swiglu": {"model": {"activation": "swiglu", "mlp_ratio": 8 / 3}},
 }
 EMA = 0.98
