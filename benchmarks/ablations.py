@@ -160,7 +160,7 @@ def main() -> None:
     for name, runs in sorted(results.items(), key=lambda found: mean(run["val_loss"] for run in found[1])):
         losses = [run["val_loss"] for run in runs]
         spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        print(f"{name:30} {mean(losses):.4f} {spread}  {mean(losses) - ours:+.4f}")
+        print(f"{name:38} {mean(losses):.4f} {spread}  {mean(losses) - ours:+.4f}")
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "ablations.json").write_text(json.dumps({"base": BASE, "runs": results}, indent=2) + "\n")
 
