@@ -119,10 +119,10 @@ class Muon(EagerOptimizer):
                 own = [from_local(updates[index], self._matrices[index][0]) for index in members]
                 stacked = torch.stack([full_tensor(update) for update in own]).to(self._dtype)
                 batch = orthogonalize(stacked.view(-1, rows, columns))
-                scale = max(1, rows / columns) ** 0.5
-                batch = F.normalize(batch.float(), dim=-1) if self._row_norm else batch * scale
+                dtype, scale = updates[members[0]].dtype, max(1, rows / columns) ** 0.5
+                batch = F.normalize(batch.to(dtype), dim=-1) if self._row_norm else batch * scale
                 # Contiguous, so that one fused kernel adds all updates to the weights.
-                batch = batch.reshape(-1, height, columns).to(updates[members[0]].dtype).contiguous()
+                batch = batch.reshape(-1, height, columns).to(dtype).contiguous()
                 if self.found_inf is not None:
                     batch = torch.where(self.found_inf.bool(), 0, batch)
                 for index, direction in zip(members, batch.unbind(), strict=True):

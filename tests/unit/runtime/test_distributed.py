@@ -28,7 +28,7 @@ from minigpt.training.trainer import Trainer
 
 torch.set_num_threads(1)
 name, checkpoints, stop = sys.argv[1:4]
-train = {{"grad_accum": 4, "grad_clip": 0.05, "dtype": "float32"}} | json.loads(sys.argv[4])
+train = {{"grad_accum": 4, "grad_clip": 0.05, "row_norm": True, "dtype": "float32"}} | json.loads(sys.argv[4])
 folder = Path(__file__).parent
 
 class StoppingTrainer(Trainer):
