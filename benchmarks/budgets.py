@@ -3,7 +3,7 @@
     python -m benchmarks.budgets                                 the profiles for a CPU, and the peers
     python -m benchmarks.budgets shakespeare-cpu --seeds 1 --peers       one profile alone
     python -m benchmarks.budgets shakespeare-1min --steps 470            in a shorter training
-    python -m benchmarks.budgets shakespeare-cpu --held-out start        on a split that chose nothing
+    python -m benchmarks.budgets shakespeare-cpu --held-out start        on another split
     python -m benchmarks.budgets shakespeare-cpu --text FILE             on another text
 
 Losses are exact, on the validation split in windows that do not overlap. Each training is a process of its own, and

@@ -176,7 +176,7 @@ class SamplingParams(Section):
         default=0.0, description="keep characters at least this fraction as likely as the most likely one; 0: keep all"
     )
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] = Field(
-        default=1.0, description="divides the logits of characters in the context; 1: off"
+        default=1.0, description="above 1, characters in the context become less likely; 1: off"
     )
     stop: Annotated[list[StopString], Field(max_length=100)] = Field(
         default=[], description="end the text before this string"
