@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tied head": {"model": {"tied_head": True}},
     "dropout 0.05, channels": {"model": {"dropout": 0.05}},
     "dropout 0.05, elements": {"model": {"dropout": 0.05, "dropout_kind": "element"}},
-    "token dropout 0.03": {"train": {"token_noise": 0.03}},
+    "token noise 0.03": {"train": {"token_noise": 0.03}},
     "cosine": {"train": {"schedule": "cosine"}},
     "AdamW 3e-3": {"train": {"optimizer": "adamw", "learning_rate": 3e-3}},
     "ema": {},
@@ -74,7 +74,7 @@ EMA = 0.98
 
 
 def built(name: str, seed: int, text: Path) -> Trainer:
-    """The training of a variant."""
+    """Return the trainer of a variant."""
     import torch
     import torch.nn.functional as F
     from torch import Tensor
@@ -82,7 +82,7 @@ def built(name: str, seed: int, text: Path) -> Trainer:
     from minigpt.training.trainer import Trainer
 
     class Averaging(Trainer):
-        """Evaluates a mean of the weights over the last steps."""
+        """Trainer that evaluates a mean of the weights over the last steps."""
 
         mean: list[Tensor] | None = None
 

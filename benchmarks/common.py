@@ -103,13 +103,13 @@ def training(who: str, model: nn.Module, tokens: torch.Tensor, batch_size: int, 
 def trainer(
     params: Params, corpus: Corpus, observer: Observer | None = None, kind: type[Trainer] | None = None
 ) -> Trainer:
-    """Return a trainer of this project, or of the subclass ``kind``, that neither saves nor loads checkpoints."""
+    """Return a trainer of this project, or of the subclass ``kind``, without checkpoints and with exact losses."""
     from minigpt.runtime.distributed import ProcessGroup
     from minigpt.training.checkpoint import Checkpoint, Checkpoints
     from minigpt.training.trainer import Trainer
 
     class NoCheckpoints(Checkpoints):
-        """Each measurement starts at step 0, and a clock that includes no files."""
+        """Checkpoints that are never written, so each measurement starts at step 0 and its time includes no files."""
 
         def save(self, checkpoint: Checkpoint, group: ProcessGroup | None = None) -> None:
             """Save nothing."""
@@ -119,6 +119,8 @@ def trainer(
             return None, []
 
     group = ProcessGroup(0, 1, corpus.train.tokens.device)
+    whole = params.train.model_copy(update={"eval_chars": len(corpus.val)})
+    params = params.model_copy(update={"train": whole})
     return (kind or Trainer)(params, corpus, group, observer, NoCheckpoints(Path(), "benchmark"))
 
 
@@ -132,13 +134,13 @@ def loss_curve(params: Params, corpus: Corpus) -> list[tuple[float, float]]:
                 curve.append((run.clock.seconds, values["val_loss"]))
 
         def history(self, rows: list[dict[str, float]]) -> None:
-            """The curve is enough."""
+            """Ignore them; the curve is enough."""
 
         def samples(self, rows: list[dict[str, Any]]) -> None:
-            """Nothing to keep."""
+            """Ignore them."""
 
         def upload(self) -> None:
-            """Nothing to send."""
+            """Do nothing; there is no store."""
 
     run = trainer(params, corpus, Watch())
     run.run()
@@ -158,7 +160,7 @@ class Timer:
         self.seconds += time.perf_counter() - self._since
 
     def resume(self) -> None:
-        """Go on counting."""
+        """Count again."""
         self._wait()
         self._since = time.perf_counter()
 
@@ -170,7 +172,7 @@ class Timer:
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products in ``dtype``: the median of ten."""
+    """Return the FLOP/s of square matrix products in ``dtype``, the median of ten."""
     import torch
 
     n = 8192 if device.startswith("cuda") else 2048

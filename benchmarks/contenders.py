@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import browser, generation, pipeline, training  # noqa: F401 - each enters its contenders
 from benchmarks.common import MEASURES, ROOT, SETTLED, NotMeasuredError
 from minigpt.runtime import cpu
 
 __all__ = ["MEASURES", "main"]
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> None:

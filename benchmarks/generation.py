@@ -25,7 +25,7 @@ from benchmarks.common import (
 )
 
 if TYPE_CHECKING:
-    from minigpt.generation.native import CompileMode
+    from minigpt.params import Compile
 
 ONE_TEXT = "writing one text, characters per second"
 
@@ -57,7 +57,7 @@ def writer(options: Options) -> Path:
 @contender(SIXTEEN, "minigpt, bfloat16", batch=16, dtype="bfloat16")
 @contender(SIXTEEN, "minigpt, int8", batch=16, dtype="int8")
 @contender("writing 512 texts, characters per second", "minigpt, bfloat16", batch=512, dtype="bfloat16")
-def writing_of_minigpt(options: Options, batch: int, dtype: str, compile: CompileMode = "never") -> Measured:  # noqa: A002
+def writing_of_minigpt(options: Options, batch: int, dtype: str, compile: Compile = "never") -> Measured:  # noqa: A002
     """Write with a model of the published size at temperature 0.8 and top-p 0.95; 512 texts on a GPU only."""
     import torch
 
@@ -89,7 +89,7 @@ def writing_of_minigpt(options: Options, batch: int, dtype: str, compile: Compil
 @contender(SIXTEEN, "x-transformers generate", who="x", batch=16)
 @contender("writing 512 texts, characters per second", "Hugging Face generate", who="hf", batch=512)
 def writing_of_peer(options: Options, who: str, batch: int) -> Measured:
-    """A peer of the published size writes: a library's in bfloat16 where the hardware has it."""
+    """Write with a peer of the published size, one of a library in bfloat16 where the hardware has it."""
     import torch
 
     from minigpt.runtime.device import has_bfloat16

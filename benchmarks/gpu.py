@@ -1,4 +1,4 @@
-"""What one GPU does, in under nine minutes: speed, losses, determinism, and every path against the CPU.
+"""Measures of one GPU in under nine minutes: speed, losses, determinism, and every path against the CPU.
 
     python -m benchmarks.gpu                  on a GPU
     python -m benchmarks.gpu --device cpu     the same in a small form, which shows that everything runs
@@ -95,7 +95,7 @@ def seconds_per_step(options: argparse.Namespace, step: Callable[[int], Any]) ->
 
 @measure("numerics")
 def numerics(options: argparse.Namespace) -> Figures:
-    """Largest difference of logits and gradients from those of the CPU in float64, relative to the largest value."""
+    """Return the largest difference of logits and gradients from the CPU's in float64, relative to the largest."""
     import torch
 
     from minigpt.evaluation.loss import cross_entropy
@@ -129,10 +129,10 @@ def numerics(options: argparse.Namespace) -> Figures:
 @measure("training, 124M", size="124M")
 @measure("training, 10.7M", size="10.7M")
 def training_speed(options: argparse.Namespace, size: str) -> Figures:
-    """Characters per second, the fraction of the rate of matrix products, and of the data sheet's (MFU)."""
+    """Return characters per second, as fractions of the rate of matrix products and of the data sheet's (MFU) too."""
     import torch
 
-    from minigpt.training.trainer import PEAK_FLOPS
+    from minigpt.runtime.device import peak_flops
 
     run = make_trainer(options, size)
     if run.compiled:
@@ -146,7 +146,7 @@ def training_speed(options: argparse.Namespace, size: str) -> Figures:
     )
     if not is_small(options):
         name = torch.cuda.get_device_name()
-        if peak := next((peak for part, peak in PEAK_FLOPS.items() if part in name), None):
+        if peak := peak_flops(name):
             found["MFU"] = operations / peak
         found["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
@@ -154,7 +154,7 @@ def training_speed(options: argparse.Namespace, size: str) -> Figures:
 
 @measure("Hugging Face GPT-2, nanoGPT's settings, 10.7M")
 def peer_speed(options: argparse.Namespace) -> Figures:
-    """Characters per second of the peer, in the same steps."""
+    """Return the characters per second of the peer, in the same steps."""
     corpus = prepared(options)
     shape, sequences = SMALL if is_small(options) else SIZES["10.7M"]
     model = peer("hf", corpus.tokenizer.vocab_size, shape, options.device)
@@ -165,7 +165,7 @@ def peer_speed(options: argparse.Namespace) -> Figures:
 @measure("the published system, 5,000 steps", config="reference")
 @measure("the recipe, to its end", config="shakespeare-gpu")
 def losses(options: argparse.Namespace, config: str) -> Figures:
-    """Seconds of training, the best exact validation loss, and the seconds to a loss of 1.4697 (nanoGPT's)."""
+    """Return the seconds of training, the best exact validation loss, and the seconds to 1.4697 (nanoGPT's)."""
     train = {"device": options.device} | ({"max_iters": 4, "eval_interval": 2} if is_small(options) else {})
     model: dict[str, Any] = dict(SMALL[0]) if is_small(options) else {}
     run = trainer(profile(config, model=model, train=train), prepared(options))
@@ -187,7 +187,7 @@ def losses(options: argparse.Namespace, config: str) -> Figures:
 @measure("writing 64 texts", samples=64)
 @measure("writing 1 text", samples=1)
 def writing(options: argparse.Namespace, samples: int) -> Figures:
-    """Characters per second at 10.7M parameters; greedy text in float32 against that of the CPU."""
+    """Return characters per second at 10.7M parameters, and whether greedy text in float32 is that of the CPU."""
     import torch
 
     from minigpt.data.tokenizer import Tokenizer
@@ -227,7 +227,7 @@ def weights_after(options: argparse.Namespace, steps: int, **train: Any) -> tupl
 
 @measure("determinism")
 def determinism(options: argparse.Namespace) -> Figures:
-    """Whether two trainings are bitwise equal, without and with train.deterministic, and what the latter costs."""
+    """Return whether two trainings are bitwise equal, without and with train.deterministic, and its cost."""
     found: Figures = {}
     for deterministic in (False, True):
         (first, seconds), (second, again) = (weights_after(options, 20, deterministic=deterministic) for _ in range(2))
@@ -238,7 +238,7 @@ def determinism(options: argparse.Namespace) -> Figures:
 
 @measure("DDP of one process")
 def ddp(options: argparse.Namespace) -> Figures:
-    """The weights of a training in DistributedDataParallel against those without it, and its time."""
+    """Compare the weights of a training in DistributedDataParallel with those without it, and its time."""
     import torch
     from torch import distributed, nn
 

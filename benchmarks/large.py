@@ -31,7 +31,7 @@ STEPS = 20
 
 
 def write_text(target: Path, megabytes: int, files: int = 1) -> None:
-    """A text of megabytes that differ in a number at their begin, as one file or shared among several."""
+    """Write a text of megabytes that differ in a number at their start, as one file or shared among several."""
     made = parts(16)
     target.parent.mkdir(parents=True, exist_ok=True)
     for number in range(files):
@@ -43,7 +43,7 @@ def write_text(target: Path, megabytes: int, files: int = 1) -> None:
 
 
 def watched(module: str, folder: Path, shown: str = "") -> dict[str, Any]:
-    """Run a stage in ``folder``; gives its seconds, those until it printed ``shown``, and its processes' peaks."""
+    """Run a stage in ``folder``; yield its seconds, those until it printed ``shown``, and its processes' peaks."""
     since, peaks, first = time.perf_counter(), dict[int, dict[str, float]](), None
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_"))}
     with (folder / "said.txt").open("w+") as said:
@@ -69,7 +69,7 @@ def watched(module: str, folder: Path, shown: str = "") -> dict[str, Any]:
 
 
 def look(pid: int, peaks: dict[int, dict[str, float]]) -> None:
-    """Take in how much memory a process has, which may have ended meanwhile."""
+    """Record how much memory a process has, which may have ended meanwhile."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -36,7 +36,7 @@ class ReferenceHead(nn.Module):
         self.register_buffer("seen", torch.ones(block_size, block_size).tril(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, head_size)."""
+        """Return the result of attention, (B, T, head_size), for x, (B, T, C)."""
         T, C = x.shape[1:]
         scores = self.query(x) @ self.key(x).transpose(1, 2) * C**-0.5
         scores = scores.masked_fill(self.get_buffer("seen")[:T, :T] == 0, -math.inf)
@@ -54,7 +54,7 @@ class ReferenceBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Return the residual stream after the block, (B, T, C)."""
         y = self.norm1(x)
         x = x + self.project(torch.cat([head(y) for head in self.heads], -1))
         return x + self.feed(self.norm2(x))
@@ -77,7 +77,7 @@ class Reference(Peer):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T)."""
+        """Return the logits, (B, T, V), of ids, (B, T)."""
         x = self.characters(ids) + self.positions.weight[: ids.size(1)]
         return self.head(self.norm(self.blocks(x)))
 
@@ -109,11 +109,11 @@ class HuggingFace(Peer):
         )  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T)."""
+        """Return the logits, (B, T, V), of ids, (B, T)."""
         return self.model(ids, use_cache=False).logits
 
     def generate(self, ids: Tensor, length: int) -> Tensor:
-        """The library's own loop and cache."""
+        """Write with the library's own loop and cache."""
         sizes = {"max_new_tokens": length, "min_new_tokens": length}
         return self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **sizes)
 
@@ -137,42 +137,42 @@ class XTransformers(Peer):
         self.writer = AutoregressiveWrapper(self.model)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids (B, T)."""
+        """Return the logits, (B, T, V), of ids, (B, T)."""
         return self.model(ids)
 
     def generate(self, ids: Tensor, length: int) -> Tensor:
-        """The library's own loop and cache."""
+        """Write with the library's own loop and cache."""
         return torch.cat((ids, self.writer.generate(ids, length, filter_kwargs={"frac_num_tokens": 1.0})), 1)
 
 
 def random_windows(tokens: Tensor, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Ids and targets (B, T) at random places."""
+    """Return ids and targets, (B, T), at random places."""
     starts = torch.randint(len(tokens) - block_size, (batch_size,), device=tokens.device)
     windows = tokens[starts[:, None] + torch.arange(block_size + 1, device=tokens.device)].long()
     return windows[:, :-1], windows[:, 1:]
 
 
 def nats(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def sampled_loss(model: nn.Module, tokens: Tensor, batch_size: int, block_size: int, batches: int = 200) -> float:
-    """The published estimate of a split's loss: the mean over random batches."""
+    """Return the published estimate of a split's loss: the mean over random batches."""
     losses = [nats(model, *random_windows(tokens, batch_size, block_size)) for _ in range(batches)]
     return torch.stack(losses).mean().item()
 
 
 class ReferenceTraining:
-    """Adam at a constant 3e-4, in single precision."""
+    """The reference's training: Adam at a constant 3e-4, in single precision."""
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int, block_size: int) -> None:
         self.model, self.tokens, self.shape = model, tokens, (batch_size, block_size)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
     def step(self, step: int) -> None:  # noqa: ARG002 - the rate is constant
-        """One step."""
+        """Train one step."""
         loss = nats(self.model, *random_windows(self.tokens, *self.shape))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -194,7 +194,7 @@ class NanoGPTTraining:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     def step(self, step: int) -> None:
-        """One step."""
+        """Train one step."""
         with torch.autocast(self.tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = nats(self.model, *random_windows(self.tokens, *self.shape))
         for group in self.optimizer.param_groups:
@@ -206,7 +206,7 @@ class NanoGPTTraining:
 
     @staticmethod
     def learning_rate(step: int) -> float:
-        """Of a step, from 0."""
+        """Return the learning rate of a step, from 0."""
         if step < 100:
             return 1e-3 * (step + 1) / 101
         done = min(1.0, (step - 100) / 1900)

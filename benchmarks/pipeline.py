@@ -9,12 +9,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.common import ROOT, Measured, Options, contender
-
-if TYPE_CHECKING:
-    pass
 
 
 @contender("encoding, MB per second", "minigpt", way="minigpt")
@@ -45,7 +41,7 @@ def encoding(options: Options, way: str) -> Measured:
 
 @contender("dvc repro with nothing to do, seconds", "minigpt")
 def nothing_to_do(options: Options) -> Measured:  # noqa: ARG001 - the same on any device
-    """``dvc repro`` in a copy of the project where every stage is up to date."""
+    """Time ``dvc repro`` in a copy of the project where every stage is up to date."""
     import yaml
 
     if importlib.util.find_spec("dvc") is None:

@@ -17,7 +17,7 @@ SOURCE_CHARACTERS = 1_100_000
 
 
 def parts(count: int) -> list[bytes]:
-    """Different megabytes (10^6 bytes, about) of random Latin and Devanagari letters."""
+    """Return different megabytes (10^6 bytes, about) of random Latin and Devanagari letters."""
     draw = np.random.Generator(np.random.Philox(key=[0, 0]))
     latin = np.array(list("abcdefghijklmnopqrstuvwxyz     ,.\n"))
     devanagari = np.array([chr(point) for point in range(0x905, 0x94E)] + [" "] * 9 + ["\n"])
@@ -53,7 +53,7 @@ def write_manual(target: Path) -> None:
 
 
 def encode_by_dictionary(source: Path, folder: Path) -> None:
-    """All of the text in memory, a dictionary of its characters, a list of their ids, two files."""
+    """Encode with the text in memory, a dictionary of its characters and a list of their ids; write two files."""
     text = source.read_text(encoding="utf-8")
     ids = {character: number for number, character in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @contender("seconds to a loss", "minigpt")
 def loss_of_minigpt(options: Options) -> Measured:
-    """Train a profile to its end; the seconds of training until the exact validation loss was reached."""
+    """Train a profile to its end; return the seconds of training until the exact validation loss was reached."""
     name = "shakespeare-gpu" if options.device.startswith("cuda") else "shakespeare-quick"
     seed = 1337 + options.round
     curve = loss_curve(profile(name, train={"device": options.device, "seed": seed}), prepared(options))
@@ -66,7 +66,7 @@ def loss_of_peer(options: Options, who: str, every: int, most: int) -> Measured:
 @contender("training, characters per second", "minigpt", config="shakespeare-gpu")
 @contender("training, characters per second", "minigpt, the classic architecture", config="classic-gpu")
 def speed_of_minigpt(options: Options, config: str) -> Measured:
-    """Steps of 64 x 256 characters at the published size, without dropout."""
+    """Time steps of 64 x 256 characters at the published size, without dropout."""
     import torch
 
     off = {"device": options.device, "dtype": "auto", "token_noise": 0.0}
@@ -84,7 +84,7 @@ def speed_of_minigpt(options: Options, config: str) -> Measured:
 @contender("training, characters per second", f"x-transformers, {SETTLED}", who="x")
 @contender("training, characters per second", "reference algorithm, float32", who="reference")
 def speed_of_peer(options: Options, who: str) -> Measured:
-    """The same of a peer."""
+    """Time the same steps of a peer."""
     import torch
 
     corpus = prepared(options)
@@ -120,7 +120,7 @@ def speed(options: Options, step: Callable[[int], Any], model: nn.Module, dtype:
 
 @contender("scoring the validation split, seconds", "minigpt, exact")
 def scoring_exact(options: Options) -> Measured:
-    """Every target of the validation split once."""
+    """Score every target of the validation split once."""
     from minigpt.evaluation.loss import score
     from minigpt.model import GPT
     from minigpt.runtime.device import compute_dtype

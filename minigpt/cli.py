@@ -110,14 +110,14 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     minigpt write "HALE:"
     echo "HALE:" | minigpt write --temperature 1 --stop "TOBIT:"
     """  # noqa: D301 - click reads the backspace as "do not wrap this paragraph"
-    prompt = (read_prompt() if prompt is None else from_argument(prompt, "the prompt")) or "\n"
+    prompt = read_prompt() if prompt is None else from_argument(prompt, "the prompt")
     if options["seed"] is None:
         options["seed"] = secrets.randbits(63)
         if sys.stderr.isatty():
             print(f"minigpt: --seed {options['seed']}", file=sys.stderr)
     values = options | {
         "stop": [from_argument(stop, "--stop") for stop in options["stop"]],
-        "prompts": [prompt],
+        "prompts": [prompt or "\n"],
         "num_samples": 1,
     }
     sampling = params.validate(WriteParams, values, rename=option_name)
@@ -134,7 +134,7 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
     generator = Generator.load(
         model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens
     )
-    prompt = check_prompt(generator.tokenizer, prompt, skip_unknown)
+    prompt = check_prompt(generator.tokenizer, prompt or generator.tokenizer.usable_prompt("\n"), skip_unknown)
     pieces = (piece for (piece,) in generator.stream(prompt, sampling))
     show(graphemes(itertools.chain([prompt], pieces)))
 
@@ -214,7 +214,7 @@ def show(texts: Iterable[str]) -> None:
 @click.option("--compare", type=FilePath, help="folder of a second model, shown next to the first")
 @click.option("--output", type=FilePath, default=RESULTS / "page.html", show_default=True, help="the page")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto", show_default=True,
+    "--dtype", type=click.Choice(get_args(params.WeightFormat)), default="auto", show_default=True,
     help="format of the weights; auto: float32 up to 1M parameters, bfloat16 up to 5M, int8 above",
 )  # fmt: skip
 def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
@@ -239,14 +239,13 @@ def page(model: Path, compare: Path | None, output: Path, dtype: Any) -> None:
 def check(files: tuple[Path, ...]) -> None:
     """Validate FILES, by default params.yaml.
 
-    A file in configs/ is validated together with the values of params.yaml that it does not set. The text is checked,
-    too, if it exists and is not very long.
+    A file in configs/ is validated with the other values of params.yaml. A text that exists and is short is checked.
     """
     from minigpt.data.checks import check_text
 
     for path in files or [profiles.PARAMS]:
         profile = path.parent.name == profiles.DIRECTORY.name
-        settings = profiles.load_profile(path.stem) if profile else params.load(path)
+        settings = profiles.load_profile(path.stem, path.parent.parent) if profile else params.load(path)
         unread = check_text(settings)
         print(f"minigpt: {path}, with {settings.data.source}: no mistakes" + (f", but {unread}" if unread else ""))
 
@@ -263,10 +262,11 @@ def complete_profile(_ctx: click.Context, _param: click.Parameter, start: str) -
 def profile(name: str | None, source: str, force: bool) -> None:
     """Write the profile NAME into params.yaml, or list the profiles.
 
-    A profile in configs/ sets some values of params.yaml. If its text is missing, it is fetched from a DVC remote or
-    from its publisher. The profile `default` restores the original ones. A star in
-    the list marks the profile that params.yaml has now.
+    A profile in configs/ sets some values of params.yaml, and `default` restores the original ones. If the text is
+    missing, it is fetched from a DVC remote or from its publisher. A star marks the profile that params.yaml has now.
     """
+    if not name and (source or force):
+        raise click.UsageError("--source and --force need the NAME of a profile")
     if name:
         profiles.write(name, force, source)
         text = f", with {source}" if source else ""

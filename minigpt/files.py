@@ -91,6 +91,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             target = resolved
     check_replaceable(target)
     folder, old = target.with_name(f".{target.name}-new.tmp"), target.with_name(f".{target.name}-old.tmp")
+    _restore(old, target)  # of a process that was killed between the two renames
     for remains in target.parent.glob(f".{glob.escape(target.name)}-*.tmp"):
         remove(remains)
     folder.mkdir()
@@ -105,8 +106,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         remove(old)
         fsync(target.parent)
     except BaseException:
+        _restore(old, target)
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _restore(old: Path, target: Path) -> None:
+    """Rename ``old`` back to ``target`` if nothing has taken its place."""
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -22,11 +22,16 @@ def _check_temperature(temperature: float) -> float:
     return temperature
 
 
+def _check_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"expected a path, which has no NUL character, got {path!r:.80}")
+    return path
+
+
 # The upper limits are far above any use. Below them, sizes fit in 64 bits and products of numbers in a float32.
 Count = Annotated[int, Field(ge=1, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 Batch = Annotated[int, Field(ge=1, le=10**6)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -34,8 +39,10 @@ Temperature = Annotated[NotNegative, AfterValidator(_check_temperature)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Taps = Annotated[int, Field(ge=1, le=16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$")]
 Compile = Literal["auto", "always", "never"]
+WeightFormat = Literal["auto", "float32", "bfloat16", "int8"]
+SplitKind = Literal["end", "each_file"]
 Overflow = Literal["reread", "slide", "roll"]
 
 # Keys, and values by key, of earlier versions with their present names.
@@ -58,7 +65,7 @@ class DataParams(Section):
     source: Text
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     test_fraction: Fraction
-    split: Literal["end", "each_file"]
+    split: SplitKind
     normalize: Literal["none", "NFC"]
 
     @field_validator("test_fraction")
@@ -110,7 +117,7 @@ class TrainParams(Section):
     """The training; the stage train depends on it."""
 
     seed: Seed
-    init_from: Annotated[str, Field(pattern=r"^[^\x00]*$")]
+    init_from: Annotated[str, AfterValidator(_check_path)]
     device: Device
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     compile: Compile
@@ -190,7 +197,7 @@ class SampleParams(SamplingParams):
 
     prompts: Annotated[list[Text], Field(min_length=1)]
     num_samples: Annotated[int, Field(ge=1, le=10_000)]
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(default="auto", description="format of the weights")
+    dtype: WeightFormat = Field(default="auto", description="format of the weights")
     compile: Compile = Field(default="auto", description="whether to use a decoder compiled with g++, on a CPU")
 
 
@@ -343,7 +350,7 @@ def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, 
 _EXPECTED = {
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
     "finite_number": "a finite number", "bool_type": "true or false", "string_type": "a text", "list_type": "a list",
-    "model_type": "a section of keys and values", "string_pattern_mismatch": "'auto', 'cpu', 'mps', 'cuda' or 'cuda:0'",
+    "model_type": "a section of keys and values", "string_pattern_mismatch": "'auto', 'cpu', 'cuda' or 'cuda:0'",
 }  # fmt: skip
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 

@@ -38,10 +38,10 @@ def apply(name: str, text: str, root: Path = Path(), source: str = "") -> str:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1 << 16  # else long values are wrapped
-    tree = _load(yaml, text, str(PARAMS))
+    tree = _load(yaml, text, str(root / PARAMS))
     for profile in (DEFAULT, name):
-        path = DIRECTORY / f"{profile}.yaml"
-        for section, values in _load(yaml, params.read_text(root / path), str(path)).items():
+        path = root / DIRECTORY / f"{profile}.yaml"
+        for section, values in _load(yaml, params.read_text(path), str(path)).items():
             if isinstance(values, dict) and isinstance(tree.get(section), dict):
                 tree[section].update(values)
             else:  # a mistake, which the validation reports
@@ -63,7 +63,7 @@ def _load(yaml: YAML, text: str, source: str) -> Any:
 def load_profile(name: str, root: Path = Path(), source: str = "") -> params.Params:
     """Return the params of ``params.yaml`` in ``root`` with a profile and, if given, the text ``source``."""
     text = params.read_text(root / PARAMS)
-    return params.parse(apply(name, text, root, source), f"{DIRECTORY / name}.yaml")
+    return params.parse(apply(name, text, root, source), f"{root / DIRECTORY / name}.yaml")
 
 
 def is_applied(name: str) -> bool:

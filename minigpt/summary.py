@@ -145,7 +145,7 @@ def _run_ids(record: Path, uri: str) -> str:
 def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """Return the comparison with the best n-gram model, and signs of overfitting, as lines."""
     val, baselines = evaluation["val"], evaluation["baselines"]
-    loss, name = min((loss, name) for name, loss in baselines.items() if name != "characters")
+    loss, name = min((loss, name) for name, loss in baselines.items() if name.endswith("gram"))
     versus = evaluation.get("versus_ngram", {"difference": val["loss"] - loss})  # older results have none
     estimate = Estimate(versus["difference"], versus.get("standard_error") or math.nan)
     known = not math.isnan(estimate.standard_error)

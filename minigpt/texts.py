@@ -44,11 +44,14 @@ def fetch(text: Path) -> None:
 
 def _fetch(text: Path, record: Path) -> None:
     """Write the text that the .dvc file ``record`` describes, or raise UserError if no source has it."""
-    tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
-    digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
+    try:
+        tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
+        digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        raise errors.UserError(f"{record}: not a file of `dvc add`; {_ways_out(text)}") from None
     dvc = [sys.executable, "-m", "dvc"]
     pulled = subprocess.run([*dvc, "pull", "--quiet", str(record)], check=False, capture_output=True)
-    if pulled.returncode == 0 and text.is_file() and _digest(text.read_bytes()) == digest:
+    if pulled.returncode == 0 and (text.is_dir() or (text.is_file() and _digest(text.read_bytes()) == digest)):
         return
     try:
         data = _download(url)

@@ -1,6 +1,4 @@
 """Comparison of experiments: their results, the paired difference of their losses, tables and a page.
 
 Never imports torch or MLflow, so that `minigpt compare` starts fast.
-May import: evaluation.character_losses, page.html, tracking.journal, data, params, git, errors,
-files.
 """

@@ -85,10 +85,14 @@ def _text(experiment: Experiment) -> str | None:
     tokens, tokenizer = (experiment.files.read(name) for name in PREPARED)
     if losses.segment > 1 or tokens is None or tokenizer is None:
         return None
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.json").write_bytes(tokenizer)
-        vocabulary = Tokenizer.load(Path(folder) / "tokenizer.json")
-    ids = np.load(io.BytesIO(tokens), allow_pickle=False)
+    try:
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "tokenizer.json").write_bytes(tokenizer)
+            vocabulary = Tokenizer.load(Path(folder) / "tokenizer.json")
+        ids = np.load(io.BytesIO(tokens), allow_pickle=False)
+    except (UserError, OSError, ValueError):
+        damaged = f"{experiment.name}: {PREPARED[0]} or {PREPARED[1]} is damaged"
+        raise UserError(f"{damaged}; `dvc checkout --force data/prepared` restores them") from None
     # The workspace may have been prepared again, with another text.
     if text_digest(ids, vocabulary) != losses.text:
         return None

@@ -206,12 +206,12 @@ def changes(reference: dict[str, Any], changed: dict[str, Any]) -> str:
 
 
 def group_by_seed(chosen: Iterable[Experiment]) -> list[list[Experiment]]:
-    """Return the experiments in groups that differ only in ``train.seed``."""
-    groups: dict[Any, list[Experiment]] = {}
+    """Return groups of experiments on one text that differ only in ``train.seed``; of each seed, the first."""
+    groups: dict[Any, dict[Any, Experiment]] = {}
     for each in chosen:
         rest = tuple(sorted((name, str(value)) for name, value in each.params.items() if name != SEED))
-        groups.setdefault(rest, []).append(each)
-    return list(groups.values())
+        groups.setdefault((_text(each), rest), {}).setdefault(each.params.get(SEED), each)
+    return [list(group.values()) for group in groups.values()]
 
 
 def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:

@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from minigpt.data.splits import Layout, Segment, SplitKind, SplitRule, count_files, lay_out, overlapping, save_files
+from minigpt.data.splits import Layout, Segment, SplitRule, count_files, lay_out, overlapping, save_files
 from minigpt.data.text import CHUNK_BYTES, Span, changed_error, find_text_files, read_piece, split_into_pieces
 from minigpt.data.tokenizer import CODE_POINTS, Tokenizer, describe_character
 from minigpt.errors import UserError
 from minigpt.files import write_json
+from minigpt.params import SplitKind
 from minigpt.runtime.cpu import available_cores
 
 MIN_PARALLEL_BYTES = 1 << 27

@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from minigpt.data.text import Span
 from minigpt.errors import UserError
 from minigpt.files import read_json, write_json
+from minigpt.params import SplitKind
 
 NAMES = ("train", "val", "test")
 FILE = "files.json"
-
-SplitKind = Literal["end", "each_file"]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Tokenizer:
         text, known = self.normalized(text), set(self.characters)
         return "".join(c for c in text if c in known), "".join(sorted(set(text) - known))
 
+    def usable_prompt(self, prompt: str) -> str:
+        """Return the prompt without unknown characters, or the first of the vocabulary if none is left."""
+        return self.without_unknown(prompt)[0] or self.characters[0]
+
     def encode(self, text: str, name: str = "the text") -> NDArray[Any]:
         """Return the ids of ``text`` after normalization, shape (characters,).
 

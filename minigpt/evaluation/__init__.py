@@ -1,5 +1,4 @@
 """Measurements of a trained model: exact loss, its breakdown, n-gram baselines, copied text, charts.
 
 Training minimizes the same loss and selects the best weights by it.
-May import: tracking, export, quantize, model, ops, data, runtime, params, errors, files.
 """

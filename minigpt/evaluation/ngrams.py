@@ -110,11 +110,6 @@ class NGrams:
         return result
 
 
-def ngram_losses(train: Ids, val: Ids, vocab_size: int) -> dict[str, float]:
-    """Return the nats per character of ``val``, each target scored once, under n-gram models of ``train``."""
-    return score_ngrams(count_ngrams(train, vocab_size), val)
-
-
 def count_ngrams(train: Ids, vocab_size: int) -> NGrams:
     """Return n-gram models of the last MAX_TRAIN_CHARS of ``train``."""
     return NGrams(np.asarray(train[-MAX_TRAIN_CHARS:]), vocab_size)

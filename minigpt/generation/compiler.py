@@ -56,7 +56,7 @@ def compiler_flags() -> tuple[str, ...]:
 
 def find_compiler() -> str:
     """Return the path of the C++ compiler, g++ or the one that CXX names, or raise NotCompiledError."""
-    name = os.environ.get("CXX", "g++")
+    name = os.environ.get("CXX") or "g++"
     if compiler := shutil.which(name):
         return compiler
     advice = "with one (for example `apt install g++`), text is written 3 to 4 times as fast"

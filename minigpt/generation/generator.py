@@ -14,10 +14,10 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.export import load_model
 from minigpt.generation.cuda_graph import GraphedGPT
-from minigpt.generation.native import CompileMode, NativeGPT, compile_model
+from minigpt.generation.native import NativeGPT, compile_model
 from minigpt.generation.sampling import StopStrings, draw_uniforms, penalize, sample
 from minigpt.model import GPT
-from minigpt.params import SamplingParams
+from minigpt.params import Compile, SamplingParams
 from minigpt.quantize import WeightDtype, choose_weight_dtype, quantize
 
 
@@ -37,7 +37,7 @@ class Generator:
         tokenizer: Tokenizer,
         dtype: WeightDtype = "float32",
         *,
-        compile: CompileMode = "never",  # noqa: A002 - the name of the param
+        compile: Compile = "never",  # noqa: A002 - the name of the param
         characters: int = 0,
     ) -> None:
         self.config = model.config
@@ -58,7 +58,7 @@ class Generator:
         device: torch.device,
         dtype: str = "auto",
         *,
-        compile: CompileMode = "auto",  # noqa: A002 - the name of the param
+        compile: Compile = "auto",  # noqa: A002 - the name of the param
         characters: int = 0,
     ) -> Generator:
         """Read the exported model in ``folder``, with weights for ``sample.dtype``, or raise a UserError."""
@@ -105,7 +105,7 @@ class Generator:
         so that information reaches further back than W, as in Transformer-XL (Dai et al. 2019).
         """
         if not prompt:
-            raise UserError(f"{name}: empty; the model needs at least one character to continue, such as a newline")
+            raise UserError(f"{name}: empty; the model needs at least one character of its vocabulary to continue")
         roll, context = sampling.overflow == "roll", self.config.block_size
         if roll and self.config.positions == "learned":
             raise UserError("overflow: roll needs rotary positions, but this model has learned ones; use reread")

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_int64, c_void_p
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from minigpt.cache import KVCache
 from minigpt.errors import UserError
 from minigpt.generation.compiler import NotCompiledError, build_in_background, build_library, is_intact, library_path
 from minigpt.model import GPT, Linear, Norm, rotary_angles
-from minigpt.params import ModelParams
+from minigpt.params import Compile, ModelParams
 from minigpt.quantize import WeightDtype, quantize_int8
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
@@ -36,10 +35,8 @@ BLOCK = 64
 PAYS_FROM = 5_000
 """Characters, written one after the other, above which compiling takes less time than it saves (1 ms each)."""
 
-CompileMode = Literal["auto", "always", "never"]
 
-
-def compile_model(model: GPT, dtype: WeightDtype, mode: CompileMode, characters: int = 0) -> NativeGPT | None:
+def compile_model(model: GPT, dtype: WeightDtype, mode: Compile, characters: int = 0) -> NativeGPT | None:
     """Return the compiled decoder for ``sample.compile``, or None if PyTorch is to be used.
 
     ``always`` compiles if necessary. ``auto`` uses the file that was compiled before, compiles first if ``characters``,

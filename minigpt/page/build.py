@@ -4,14 +4,16 @@ import base64
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from minigpt.errors import UserError
+from minigpt.files import write_atomically
 from minigpt.model import GPT, Linear
 from minigpt.page.html import FOLDER, fill
+from minigpt.params import WeightFormat
 from minigpt.quantize import WeightDtype, quantize_int8
 
 ENGINE = ("gpt.js", "writer.js")
@@ -33,12 +35,10 @@ MAX_BYTES = 50_000_000
 DTYPES: dict[WeightDtype, float] = {"float32": 1e6, "bfloat16": 5e6, "int8": float("inf")}
 """Largest number of parameters for which a page has weights of each dtype, unless another one is chosen."""
 
-PageDtype = Literal["auto", "float32", "bfloat16", "int8"]
-
 Facts = dict[str, Any]
 
 
-def choose_dtype(model: GPT, dtype: PageDtype = "auto") -> WeightDtype:
+def choose_dtype(model: GPT, dtype: WeightFormat = "auto") -> WeightDtype:
     """Return the dtype of the weights in the page: ``auto`` is float32 for small models, int8 for large ones."""
     if dtype != "auto":
         return dtype
@@ -93,7 +93,7 @@ def write_page(output: Path, facts: Facts, weights: Sequence[bytes]) -> int:
     """Write the page to ``output``, complete or not at all, and return its size in bytes.
 
     Raises:
-        UserError: the page would be larger than MAX_BYTES.
+        UserError: the page would be larger than MAX_BYTES, or ``output`` is a folder.
     """
     page = render(facts, weights)
     if len(page) > MAX_BYTES:
@@ -101,11 +101,10 @@ def write_page(output: Path, facts: Facts, weights: Sequence[bytes]) -> int:
         narrower = list(get_args(WeightDtype))[list(get_args(WeightDtype)).index(largest["dtype"]) + 1 :]
         fix = f"use --dtype {narrower[-1]}" if narrower else "use a smaller model"
         raise UserError(
-            f"{output}: the page would have {len(page) / 1e6:.1f} MB with {largest['dtype']} weights, "
+            f"the page would have {len(page) / 1e6:.1f} MB with {largest['dtype']} weights, "
             f"more than {MAX_BYTES / 1e6:.0f} MB; {fix}"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.write_bytes(page)
-    temporary.replace(output)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; expected a file, such as {output / 'page.html'}")
+    write_atomically(output, page)
     return len(page)

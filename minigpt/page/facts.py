@@ -18,8 +18,8 @@ from minigpt.evaluation.ngrams import NGrams
 from minigpt.export import load_model
 from minigpt.files import read_json
 from minigpt.model import GPT
-from minigpt.page.build import Facts, PageDtype, choose_dtype, pack, write_page
-from minigpt.params import SampleParams, SamplingParams
+from minigpt.page.build import Facts, choose_dtype, pack, write_page
+from minigpt.params import SampleParams, SamplingParams, WeightFormat
 
 VERSION = 1
 """Of the layout of the facts."""
@@ -57,7 +57,7 @@ class PageModel:
 def build_page(
     models: Sequence[PageModel],
     output: Path,
-    dtype: PageDtype = "auto",
+    dtype: WeightFormat = "auto",
     sampling: SampleParams | None = None,
     corpus: Corpus | None = None,
 ) -> int:
@@ -223,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _number(text: str) -> Any:
     """Return a cell of a table as a number with six significant digits; None if it is empty or not finite."""
     try:
-        value = float(text)
+        value = float(text or "")  # None: the row is too short
     except ValueError:
         return text or None
     return None if not math.isfinite(value) else int(value) if value.is_integer() else _rounded([value])[0]

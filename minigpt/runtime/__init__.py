@@ -1,4 +1,1 @@
-"""CPU settings, compute devices, and the processes of a distributed job; independent of the model.
-
-May import: errors, files.
-"""
+"""CPU settings, compute devices, and the processes of a distributed job; independent of the model."""

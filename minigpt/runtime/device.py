@@ -1,23 +1,27 @@
 """Compute device of a process, and the number format that is fastest on it."""
 
+import re
+
 import torch
 
 from minigpt.errors import UserError
 from minigpt.runtime.cpu import cpu_info, hold_locks, unbind_threads
 
+PEAK_FLOPS = {
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP/s of GPUs by a word of their names (NVIDIA's data sheets; of several versions, SXM)."""
+
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device for ``train.device``; ``auto`` is a CUDA device, else Apple's GPU, else the CPU.
+    """Return the device for ``train.device``; ``auto`` is a CUDA device, else the CPU.
 
     Each rank of a job takes the CUDA device with its ``local_rank``. A single process takes the first one that no other
     process of this project uses, so that queued experiments use different devices. Raise UserError if there is none.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("train.device: mps is not available; set it to auto")
-        return torch.device("mps")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not name.startswith("cuda"):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -38,6 +42,11 @@ def free_device(count: int) -> int:
     return 0
 
 
+def peak_flops(name: str) -> float | None:
+    """Return the dense bfloat16 FLOP/s of the GPU called ``name``, or None if they are not known."""
+    return next((flops for word, flops in PEAK_FLOPS.items() if re.search(rf"\b{word}\b", name)), None)
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of activations for ``train.dtype``; None means that of the weights, float32.
 
@@ -53,8 +62,6 @@ def has_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies bfloat16 numbers, at any rate."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":  # it depends on the version of macOS
-        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

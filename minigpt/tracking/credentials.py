@@ -33,7 +33,7 @@ def dagshub_page(repo: str) -> str:
 
 def dagshub_host() -> str:
     """Return the address of DagsHub, or that in DAGSHUB_CLIENT_HOST, a variable of DagsHub's own client."""
-    host = os.environ.get("DAGSHUB_CLIENT_HOST", DEFAULT_HOST).rstrip("/")
+    host = (os.environ.get("DAGSHUB_CLIENT_HOST") or DEFAULT_HOST).rstrip("/")
     if not re.fullmatch(r"https?://[^\s@]+", host):  # the address is stored in files that git tracks
         raise UserError(f"DAGSHUB_CLIENT_HOST: expected https://host without user and password, got {mask(host)}")
     return host

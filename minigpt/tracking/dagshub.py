@@ -63,7 +63,7 @@ def connect(repo: str, token: str) -> None:
     os.environ |= {"DAGSHUB_USER_TOKEN": token, "MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}
     public, private = choose_remote(page, token)
     try:
-        Store(f"{page}.mlflow", TIMEOUT).experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        Store(f"{page}.mlflow", TIMEOUT).experiment_id(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
     except Exception as error:
         raise UserError(f"{page}.mlflow: cannot open the experiment: {describe_error(error)}") from None
 

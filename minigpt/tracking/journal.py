@@ -97,7 +97,7 @@ class Journal:
 
     def name(self, name: str, restored: bool = False) -> None:
         """Record the display name and the MLflow experiment. A run is ``restored`` if its training left no journal."""
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         self._write("name", name=name, experiment=experiment, restored=restored)
 
     def dataset(self, name: str, source: str, digest: str, profile: dict[str, int]) -> None:

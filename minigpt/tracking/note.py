@@ -35,14 +35,13 @@ def _training(metrics: dict[str, Any]) -> str:
 
 
 def _comparison(metrics: dict[str, Any]) -> str:
-    val = metrics["val"]
-    best, ngram = min((loss, name) for name, loss in metrics["baselines"].items() if name != "characters")
-    verdict = "better" if val["loss"] < best else "worse"
+    val, ngram = metrics["val"], metrics["versus_ngram"]
+    difference = f"{abs(ngram['difference']):.4f} {'better' if ngram['difference'] < 0 else 'worse'}"
     # The validation loss chose the best step. The test loss did not, so it is the result.
     first = f"{_loss('Test', metrics['test'])}.\n\n" if "test" in metrics else ""
     return (
         f"{first}{_loss('Validation', val)}, "
-        f"{abs(best - val['loss']):.4f} {verdict} than the best n-gram model, a {ngram} with {best:.4f}."
+        f"{difference} than the best n-gram model, a {ngram['name']} with {ngram['loss']:.4f}."
     )
 
 

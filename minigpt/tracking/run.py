@@ -179,7 +179,7 @@ class Tracker:
         if self._background.error and not self._failure_reported:
             self._failure_reported = True
             problem = f"{self.display_uri} does not accept the run: {describe_error(self._background.error)}"
-            print(f"minigpt: {problem}; training continues, and the journal keeps all records", file=sys.stderr)
+            print(f"minigpt: {problem}; the stage continues, and the journal keeps all records", file=sys.stderr)
 
     def finish(self) -> bool:
         """Upload the remaining records, and return whether the store has all. If not, report how to send them later."""

@@ -148,9 +148,8 @@ class Store:
         return str(created.info.run_id)
 
     def _experiment_of(self, journal: Journal) -> str:
-        return self.experiment_id(
-            next((record.get("experiment", EXPERIMENT) for record in journal.records("name")), EXPERIMENT)
-        )
+        named = next(iter(journal.records("name")), {})
+        return self.experiment_id(named.get("experiment") or EXPERIMENT)
 
     def log(self, run_id: str, journal: Journal, records: list[dict[str, Any]], in_flight: bool = False) -> None:
         """Send records of metrics, or one record of another kind, to a run.

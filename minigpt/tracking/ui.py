@@ -65,7 +65,7 @@ def check_port(port: int) -> None:
 
 def _run_table(store: Store, address: str) -> str:
     """Return the address of the experiment's run table in MLflow's page at ``address``."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     try:
         number = store.experiment_id(name)
     except UserError:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation.sampling import draw_uniforms, sample
 from minigpt.model import GPT
 from minigpt.params import SamplingParams
@@ -18,11 +17,6 @@ WIDTH = 75
 """Characters of a line that are printed."""
 
 Row = dict[str, Any]
-
-
-def usable_prompt(tokenizer: Tokenizer, prompt: str) -> str:
-    """Return the prompt without characters outside the vocabulary, or the first character of it if none is left."""
-    return tokenizer.without_unknown(prompt)[0] or tokenizer.characters[0]
 
 
 @torch.no_grad()

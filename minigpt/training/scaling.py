@@ -19,11 +19,6 @@ class LossScale:
     def __init__(self, state: TrainState) -> None:
         self._state = state
 
-    @property
-    def value(self) -> float:
-        """The current factor."""
-        return self._state.loss_scale
-
     def unscale(self, grads: list[Tensor]) -> None:
         """Divide gradients by the factor, in float32."""
         torch._foreach_mul_(grads, 1 / self._state.loss_scale)

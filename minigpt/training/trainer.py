@@ -18,21 +18,19 @@ from minigpt.errors import UserError
 from minigpt.evaluation.loss import cross_entropy, score
 from minigpt.model import GPT
 from minigpt.params import Params
-from minigpt.runtime.device import compute_dtype
+from minigpt.runtime.device import compute_dtype, peak_flops
 from minigpt.runtime.distributed import ProcessGroup, full_tensor, to_local
 from minigpt.training.checkpoint import Checkpoint, Checkpoints, TrainState
 from minigpt.training.control import CONTINUE, STOP, Control, DeferredScalars, Signals, Stopwatch
 from minigpt.training.initial import initialize
 from minigpt.training.memory import check_memory
 from minigpt.training.optimizer import Optimizers, learning_rate
-from minigpt.training.samples import indented, usable_prompt, write_sample
+from minigpt.training.samples import indented, write_sample
 from minigpt.training.scaling import LossScale
 
 COMPILE_STEPS = 2000  # fewest steps for which compiling on a GPU is worth the minute that it takes
 TRAIN_SAMPLE = 1 << 15  # characters of the training split that an evaluation scores
 OVERFITTING = 2  # consecutive evaluations that count as overfitting: with a lower training loss than the best step's
-# Dense bfloat16 FLOP/s of GPUs, by a part of their name (NVIDIA's data sheets; SXM versions).
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
 class Observer(Protocol):
@@ -109,9 +107,10 @@ class Trainer:
         muon_dtype = torch.float32 if self.half else self.model.compute_dtype or torch.float32
         self.optimizers = Optimizers(self.model, self.train, muon_dtype)
         self.found_inf = torch.zeros((), device=group.device)
-        self.prompt = usable_prompt(corpus.tokenizer, params.sample.prompts[0])
+        self.prompt = corpus.tokenizer.usable_prompt(params.sample.prompts[0])
         self.best: dict[str, Tensor] = {}  # weights with the lowest validation loss so far
         self.state, self.clock = TrainState(), Stopwatch(0.0)
+        self.logged_at, self.progress = (0, 0.0), ""  # step and training time of the last report, and its text
 
     def run(self) -> TrainResult:
         """Train to the end, from the newest checkpoint if there is one.
@@ -131,7 +130,7 @@ class Trainer:
             if self.compiled and state.step < train.max_iters:
                 with self.clock.paused():
                     self.compile_model(state.step)
-            logged_at = self.clock.seconds
+            self.logged_at = state.step, self.clock.seconds
             # One round more than there are steps: the last round only evaluates.
             for step in range(state.step, train.max_iters + 1):
                 self._measure(step, scalars)
@@ -139,10 +138,8 @@ class Trainer:
                     break
                 total = self._read(scalars.push(step, self.train_step(step, control.request)))
                 state.step = step + 1
+                bar.set_postfix_str(self.progress, refresh=False)
                 bar.update()
-                if len(state.recent_losses) >= max(1, min(train.eval_interval, train.max_iters) // 10):
-                    bar.set_postfix_str(self._log(self.clock.seconds - logged_at), refresh=False)
-                    logged_at = self.clock.seconds
                 decision = control.decide(state.step, total)
                 if decision:
                     decision = max(decision, self._read(scalars.pop()))
@@ -246,13 +243,12 @@ class Trainer:
         limits = ((self.corpus.train, min(TRAIN_SAMPLE, train.eval_chars)), (self.corpus.val, train.eval_chars))
         train_loss, val_loss = (score(self.model, split, None, chars, self.group).loss for split, chars in limits)
         losses = {"val_loss": val_loss, "train_loss": train_loss}  # MLflow's Compare offers the first metric
-        rate = learning_rate(step, train)  # as a fraction of its peak
         state.history.append(
             {
                 "step": step,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
-                "learning_rate": rate,
+                "learning_rate": train.learning_rate * learning_rate(step, train),
                 "grad_norm": state.grad_norm,
             }
         )
@@ -327,19 +323,22 @@ class Trainer:
             )
         self.state.recent_losses.append(loss)
         self.state.grad_norm = norm
+        if len(self.state.recent_losses) >= max(1, min(self.train.eval_interval, self.train.max_iters) // 10):
+            self._log(step + 1)
         return int(requests)
 
-    def _log(self, seconds: float) -> str:
-        """Report the mean loss and the speed since the last report, ``seconds`` ago. Return them as text."""
-        state, train, count = self.state, self.train, len(self.state.recent_losses)
-        loss, speed = sum(state.recent_losses) / count, count * train.batch_size * self.block_size / max(seconds, 1e-9)
+    def _log(self, step: int) -> None:
+        """Report the mean loss and the speed since the last report, up to ``step``."""
+        state, train, (since, then), now = self.state, self.train, self.logged_at, self.clock.seconds
+        loss = sum(state.recent_losses) / len(state.recent_losses)
+        speed = (step - since) * train.batch_size * self.block_size / max(now - then, 1e-9)
+        self.logged_at, self.progress = (step, now), f"loss {loss:.3f}, {speed:,.0f} characters/s"
         state.recent_losses.clear()
-        state.batches.append({"step": state.step, "batch_loss": loss})
-        rate = train.learning_rate * learning_rate(state.step - 1, train)
+        state.batches.append({"step": step, "batch_loss": loss})
+        rate = train.learning_rate * learning_rate(step - 1, train)
         if self.observer:
             values = {"batch_loss": loss, "learning_rate": rate, "grad_norm": state.grad_norm}
-            self.observer.metrics(state.step, values | {"chars_per_second": speed})
-        return f"loss {loss:.3f}, {speed:,.0f} characters/s"
+            self.observer.metrics(step, values | {"chars_per_second": speed})
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint: weights, best weights, optimizer state."""
@@ -383,8 +382,7 @@ class Trainer:
             metrics["overfitting_since"] = since
         if self.group.device.type == "cuda":
             metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.group.device)
-            name = torch.cuda.get_device_name(self.group.device)
-            if peak := next((value for part, value in PEAK_FLOPS.items() if part in name), None):
+            if peak := peak_flops(torch.cuda.get_device_name(self.group.device)):
                 metrics["mfu"] = round(flops / (peak * self.group.world_size), 4)
         return metrics
 

@@ -111,6 +111,13 @@ def test_random_seed_is_printed_in_a_terminal_and_repeats_the_text(exported):
     assert (again.stdout, again.stderr) == (ran.stdout, b"")
 
 
+def test_write_without_a_prompt_starts_from_a_character_of_the_vocabulary(minigpt, tmp_path):
+    model = GPT(params_with().model, 3)
+    export.export(tmp_path / "gpt", model.config, model.state_dict(), Tokenizer("abc"))
+    ran = minigpt("write", "--model", tmp_path / "gpt", "--max-new-tokens", 5, stdin=b"")
+    assert re.fullmatch("a[abc]{5}\n", ran.stdout), ran
+
+
 def test_unknown_character_is_named_and_can_be_skipped(write):
     ran = write("ab€c")
     message = "the prompt: character 3, '€' (U+20AC EURO SIGN), does not occur in the training text"
@@ -134,7 +141,7 @@ def test_unknown_character_is_named_and_can_be_skipped(write):
         (["--seed", "9" * 5000], "--seed: expected an integer, got inf"),
         (
             ["--device", f"cuda:{'9' * 5000}"],
-            "--device: expected 'auto', 'cpu', 'mps', 'cuda' or 'cuda:0', got 'cuda:9",
+            "--device: expected 'auto', 'cpu', 'cuda' or 'cuda:0', got 'cuda:9",
         ),
         (["--top-p", "0"], "--top-p: must be more than 0, got 0"),
         (["--top-k", "x"], "--top-k: expected an integer, got 'x'"),
@@ -144,7 +151,7 @@ def test_unknown_character_is_named_and_can_be_skipped(write):
         (["--overflow", "hop"], "--overflow: hop was renamed reread"),
         (["--overflow", "x"], "--overflow: expected 'reread', 'slide' or 'roll', got 'x'"),
         (["--compile", "kept"], "--compile: expected 'auto', 'always' or 'never', got 'kept'"),
-        (["--device", "cpu:3"], "--device: expected 'auto', 'cpu', 'mps', 'cuda' or 'cuda:0', got 'cpu:3'"),
+        (["--device", "cpu:3"], "--device: expected 'auto', 'cpu', 'cuda' or 'cuda:0', got 'cpu:3'"),
         (["--device", "cuda:99"], "--device: cuda:99 is not available here; use auto or cpu"),
         (["--model", "nowhere"], "nowhere: no such model"),
         (["--temprature", "1"], "no such option"),
@@ -292,6 +299,21 @@ def test_check_validates_the_given_files(minigpt, workspace):
     (workspace / "configs/mine.yaml").write_text("# Mine.\nmodel:\n  n_layers: 3\n")
     ran = minigpt("check", "configs/mine.yaml", cwd=workspace)
     assert ran.stderr == "minigpt: configs/mine.yaml: model.n_layers: unknown key; did you mean n_layer?\n"
+
+
+def test_check_takes_a_profile_and_its_params_from_the_same_folder(minigpt, workspace, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (workspace / "configs/classic-cpu.yaml").write_text("# Other values.\ntrain:\n  max_iters: oops\n")
+    file = workspace / "configs/classic-cpu.yaml"
+    ran = minigpt("check", file, cwd=tmp_path / "elsewhere")
+    assert ran.stderr == f"minigpt: {file}: train.max_iters: expected an integer, got 'oops'\n"
+
+
+@pytest.mark.parametrize("option", [("--force",), ("--source", "data/songs.txt")])
+def test_options_of_a_profile_need_its_name(minigpt, workspace, option):
+    ran = minigpt("profile", *option, cwd=workspace)
+    assert ran.stderr.startswith("minigpt: --source and --force need the NAME of a profile")
+    assert ran.returncode == 1
 
 
 def test_profile_lists_the_profiles_and_marks_the_present_one(minigpt, workspace):

@@ -158,3 +158,30 @@ def test_link_to_itself_is_replaced(tmp_path):
     with atomic_directory(tmp_path / "out") as folder:
         (folder / "a.txt").write_text("new")
     assert content(tmp_path / "out") == {"a.txt": "new"}
+
+
+def test_old_directory_is_restored_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("old")
+    rename, calls = Path.rename, []
+
+    def interrupted(path, to):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", interrupted)
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "a.txt").write_text("new")
+    assert content(tmp_path / "out") == {"a.txt": "old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_old_directory_of_a_process_that_was_killed_between_two_renames_is_restored(tmp_path):
+    (tmp_path / ".out-old.tmp").mkdir()
+    (tmp_path / ".out-old.tmp/a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert content(tmp_path / "out") == {"a.txt": "old"}

@@ -46,7 +46,12 @@ def test_reference_is_the_published_system():
         ({"model": {"head_size": 7}}, "model.positions: rotary positions rotate pairs of channels"),
         ({"model": {"activation": "no"}}, "model.activation: expected 'relu', 'relu2', 'gelu'"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: expected a finite number, got nan"),
-        ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'mps', 'cuda'"),
+        (
+            {"train": {"init_from": "a\0b"}},
+            "train.init_from: expected a path, which has no NUL character, got",
+        ),
+        ({"train": {"device": "mps"}}, "train.device: expected 'auto', 'cpu', 'cuda'"),
+        ({"train": {"device": "gpu"}}, "train.device: expected 'auto', 'cpu', 'cuda'"),
         ({"train": {"grad_accum": 5}}, "train.grad_accum: must divide batch_size"),
         ({"train": {"beta1": 1}}, "train.beta1: must be less than 1"),
         ({"evaluate": {"stride": 10_000}}, "evaluate: its stride must be at most model.block_size"),

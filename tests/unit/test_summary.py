@@ -43,6 +43,14 @@ def test_summary_of_an_experiment_in_a_copy_says_how_to_get_its_files(monkeypatc
     assert summary._place().startswith("  Not in this folder yet: dvc exp apply wider brings")
 
 
+@pytest.mark.parametrize("versus", [{"versus_ngram": {"name": "unigram", "loss": 3.402, "difference": -0.001}}, {}])
+def test_verdict_compares_with_an_ngram_model_even_if_uniform_guessing_is_better(versus):
+    baselines = {"uniform": 3.4, "unigram": 3.402, "2-gram": 3.5, "characters": 900}
+    evaluation = {"val": {"loss": 3.401}, "baselines": baselines} | versus
+    verdict = " ".join(summary._verdict({"best_step": 5, "steps": 9}, evaluation).split())
+    assert verdict == "verdict better than the best n-gram model (unigram: 3.4020) by 0.0010 nats"
+
+
 def test_lines_do_not_end_within_a_command():
     lines = summary._labelled("verdict", f"{'x' * 50} `minigpt compare`; {'y' * 40}").splitlines()
     assert [line.strip() for line in lines] == [f"verdict           {'x' * 50}", f"`minigpt compare`; {'y' * 40}"]

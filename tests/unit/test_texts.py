@@ -59,6 +59,23 @@ def test_text_comes_from_its_address_and_can_be_pushed_and_pulled(repository, tm
         assert len(publisher.requests) == requests
 
 
+def test_folder_comes_from_a_remote(repository, tmp_path):
+    (repository / "data/books").mkdir()
+    (repository / "data/books/a.txt").write_bytes(TEXT)
+    for arguments in (("remote", "add", "--default", "storage", tmp_path / "remote"), ("add", "data/books"), ("push",)):
+        assert command("dvc", *arguments, cwd=repository).returncode == 0
+    subprocess.run(["rm", "-rf", ".dvc/cache", "data/books"], check=True)
+    fetch(repository / "data/books")
+    assert (repository / "data/books/a.txt").read_bytes() == TEXT
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "outs: []", "outs:\n- path: x\n", "{", "meta: 1\nouts:\n- md5: 1\n"])
+def test_damaged_description_is_one_sentence(repository, content):
+    (repository / "data/text.txt.dvc").write_text(content)
+    with pytest.raises(UserError, match=r"text\.txt\.dvc: not a file of `dvc add`; .*save the text as"):
+        fetch(repository / "data/text.txt")
+
+
 @pytest.mark.parametrize(
     "path, reason",
     [

@@ -52,6 +52,13 @@ def test_text_of_other_data_is_not_shown(pair, tmp_path):
     assert page.facts(chosen)["text"] is None
 
 
+@pytest.mark.parametrize("name", ["val.npy", "tokenizer.json"])
+def test_damaged_text_is_an_error_that_names_the_experiment(pair, tmp_path, name):
+    (tmp_path / "first/data/prepared" / name).write_bytes(b"{damaged")
+    with pytest.raises(UserError, match=r"^first: data/prepared/val.npy or .*tokenizer.json is damaged; `dvc checkout"):
+        page.facts(pair[0])
+
+
 def test_wrong_number_of_experiments_and_a_folder_are_refused(pair, tmp_path):
     chosen, _, _ = pair
     with pytest.raises(UserError, match="--html: expected 2 to 6 experiments, got 1"):

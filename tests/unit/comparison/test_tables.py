@@ -161,5 +161,14 @@ def test_difference_that_cannot_be_computed_is_not_called_another_text(tmp_path,
     assert tables._to_best(first, Experiment("a2", Folder(folders[1]))) == ""
 
 
+def test_seed_counts_once_and_another_text_is_another_group(tmp_path):
+    losses, _ = two_losses()
+    chosen = []
+    for name, seed, text in (("now", 1, "a"), ("before", 1, "a"), ("second", 2, "a"), ("other", 3, "b")):
+        chosen.append(Experiment(name, Folder(results_folder(tmp_path / name, losses, text=text, seed=seed))))
+    groups = [[each.name for each in group] for group in tables.group_by_seed(chosen)]
+    assert groups == [["now", "second"], ["other"]]
+
+
 def test_seeds_of_single_trainings_name_the_missing_step(pair):
     assert "`dvc exp run --temp -S train.seed=2` adds one" in tables.comparison(pair, seeds=True)

@@ -6,7 +6,7 @@ from helpers.workspace import ROOT, SHAKESPEARE
 
 from minigpt.data.unicode import code_points
 from minigpt.evaluation import ngrams
-from minigpt.evaluation.ngrams import NGrams, discounts, ngram_losses
+from minigpt.evaluation.ngrams import NGrams, count_ngrams, discounts, score_ngrams
 
 
 def markov(order, vocab_size, length, seed=0):
@@ -22,6 +22,10 @@ def markov(order, vocab_size, length, seed=0):
         nats -= math.log(table[context, chosen])
         tokens.append(chosen)
     return np.array(tokens[order:]), nats / length
+
+
+def ngram_losses(train, val, vocab_size):
+    return score_ngrams(count_ngrams(train, vocab_size), val)
 
 
 def ids_of(text):

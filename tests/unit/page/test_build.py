@@ -119,7 +119,7 @@ def test_float32_weights_are_exact_and_stored_once(tied_head):
 def test_a_page_that_is_too_large_is_refused_with_the_way_out(dtype, fix, tmp_path, monkeypatch):
     monkeypatch.setattr(page_build, "MAX_BYTES", 10_000)
     facts, packed = facts_of(build(), dtype)
-    with pytest.raises(UserError, match=rf"page.html: the page would have 0.\d MB with {dtype} weights, .*; {fix}"):
+    with pytest.raises(UserError, match=rf"^the page would have 0.\d MB with {dtype} weights, .*; {fix}"):
         write_page(tmp_path / "page.html", facts, [packed])
     assert not list(tmp_path.iterdir())
 
@@ -130,3 +130,10 @@ def test_page_is_written_to_a_new_folder(tmp_path):
     size = write_page(output, facts, [packed])
     assert output.stat().st_size == size
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
+
+
+def test_folder_in_the_place_of_the_page_is_refused(tmp_path):
+    facts, packed = facts_of(build())
+    with pytest.raises(UserError, match=r"is a folder; expected a file, such as .*page.html"):
+        write_page(tmp_path, facts, [packed])
+    assert not list(tmp_path.iterdir())

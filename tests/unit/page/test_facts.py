@@ -167,6 +167,12 @@ def test_numbers_of_tables_are_finite(workspace):
     assert facts["history"] == [{"step": 0, "train_loss": None, "val_loss": None}]
 
 
+def test_row_of_a_table_that_is_cut_off_has_empty_cells(workspace):
+    (workspace / "results/train/history.csv").write_text("step,train_loss,val_loss\n0,1.5,1.5\n10,1.25\n")
+    facts = built(workspace / "models" / "gpt", output=workspace / "page.html")
+    assert facts["history"][1] == {"step": 10, "train_loss": 1.25, "val_loss": None}
+
+
 def test_page_is_a_function_of_its_inputs(workspace):
     torch.manual_seed(1)
     first, second = workspace / "a.html", workspace / "b.html"

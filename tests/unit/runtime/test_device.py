@@ -8,7 +8,7 @@ from helpers.workspace import ROOT, python
 
 from minigpt.errors import UserError
 from minigpt.runtime import device
-from minigpt.runtime.device import choose_device, compute_dtype, free_device
+from minigpt.runtime.device import choose_device, compute_dtype, free_device, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -50,19 +50,26 @@ def test_explicit_dtype_is_used():
     assert compute_dtype("float16", CPU) == torch.float16
 
 
-@pytest.mark.parametrize("cuda, mps, chosen", [(False, True, "mps"), (False, False, "cpu")])
-def test_auto_chooses_cuda_then_mps_then_the_cpu(monkeypatch, cuda, mps, chosen):
-    """The availability is invented, because no machine has both."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert choose_device("auto").type == chosen
-    assert choose_device("cpu") == CPU
-    if mps:
-        assert choose_device("mps").type == "mps"
-        assert compute_dtype("auto", torch.device("mps")) is None
-    else:
-        with pytest.raises(UserError, match="mps is not available; set it to auto"):
-            choose_device("mps")
+def test_auto_is_the_cpu_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)  # of no use: it has no float64
+    assert choose_device("auto") == choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", None),
+    ],
+)
+def test_rate_of_a_gpu_is_that_of_its_whole_name(name, teraflops):
+    assert peak_flops(name) == (teraflops and teraflops * 1e12)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,14 @@ def test_journal_is_on_the_disk_before_its_records_are_sent(here, monkeypatch):
     assert set(events[1:]) == {"log"}
 
 
+def test_empty_name_of_an_experiment_is_the_default(monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    write_run(steps=3)
+    assert uploader.sync() == 1
+    client, run = find_run(store.resolve_tracking_uri())
+    assert client.get_experiment(run.info.experiment_id).name == "minigpt"
+
+
 def test_run_deleted_in_the_store_stays_deleted():
     journal = write_run(steps=3)
     uploader.sync()
@@ -186,7 +194,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f == "lose" else pytest.mark.slow) for f in FAULTS])
 def test_sync_repairs_the_store_after_a_fault(current_server, logged_in, monkeypatch, fault):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2" if fault == "hang" else "60")
     with Proxy({"": current_server}) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
         for after in range(11) if FULL else (2 + list(FAULTS).index(fault),):

@@ -5,7 +5,7 @@ from helpers.models import ARCHITECTURES, build
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation.generator import Generator
 from minigpt.params import SamplingParams
-from minigpt.training.samples import indented, usable_prompt, write_sample
+from minigpt.training.samples import indented, write_sample
 
 TOKENIZER = Tokenizer("\n abcdefghi")
 
@@ -32,7 +32,7 @@ def test_sample_changes_neither_the_mode_nor_the_random_numbers_of_a_model():
 
 @pytest.mark.parametrize("prompt, used", [("\n", "\n"), ("a z", "a "), ("xyz", "\n")])
 def test_prompt_loses_unknown_characters(prompt, used):
-    assert usable_prompt(TOKENIZER, prompt) == used
+    assert TOKENIZER.usable_prompt(prompt) == used
 
 
 def test_printed_sample_cannot_control_a_terminal():

@@ -20,6 +20,7 @@ from minigpt.export import export
 from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
+from minigpt.training.control import DeferredScalars
 from minigpt.training.optimizer import Optimizers
 from minigpt.training.trainer import COMPILE_STEPS, Trainer, TrainState, overfitting_since, should_compile
 
@@ -292,6 +293,30 @@ def test_metrics_describe_the_training(corpus, tmp_path):
     assert {name for values in trainer.observer.values.values() for name in values} == {
         "train_loss", "val_loss", "batch_loss", "learning_rate", "grad_norm", "chars_per_second"
     }  # fmt: skip
+
+
+def test_losses_that_are_read_a_step_later_have_the_same_steps(corpus, tmp_path, monkeypatch):
+    """On a GPU, the loss of a step is read during the next one. Here a CPU does the same."""
+
+    def push(scalars, step, values):
+        previous, scalars.stored = scalars.pop(), (step, values.tolist())
+        return previous
+
+    def pop(scalars):
+        stored, scalars.stored = getattr(scalars, "stored", None), None
+        return stored
+
+    expected = make_trainer(corpus, tmp_path / "now", max_iters=20, eval_interval=20).run().batches
+    monkeypatch.setattr(DeferredScalars, "push", push)
+    monkeypatch.setattr(DeferredScalars, "pop", pop)
+    assert make_trainer(corpus, tmp_path / "later", max_iters=20, eval_interval=20).run().batches == expected
+    assert [row["step"] for row in expected] == list(range(2, 21, 2))
+
+
+def test_learning_rate_of_an_evaluation_is_that_of_its_metrics(corpus, tmp_path):
+    trainer = make_trainer(corpus, tmp_path, schedule="constant", warmup_iters=0, learning_rate=0.02)
+    assert {row["learning_rate"] for row in trainer.run().history} == {0.02}
+    assert {values.get("learning_rate", 0.02) for values in trainer.observer.values.values()} == {0.02}
 
 
 @pytest.mark.slow
