@@ -91,8 +91,8 @@ def _text(experiment: Experiment) -> str | None:
             vocabulary = Tokenizer.load(Path(folder) / "tokenizer.json")
         ids = np.load(io.BytesIO(tokens), allow_pickle=False)
     except (UserError, OSError, ValueError):
-        damaged = f"{experiment.name}: {PREPARED[0]} or {PREPARED[1]} is damaged"
-        raise UserError(f"{damaged}; `dvc checkout --force data/prepared` restores them") from None
+        fix = "`dvc checkout --force data/prepared` restores them"
+        raise UserError(f"{experiment.name}: {PREPARED[0]} or {PREPARED[1]} is damaged; {fix}") from None
     # The workspace may have been prepared again, with another text.
     if text_digest(ids, vocabulary) != losses.text:
         return None
