@@ -70,7 +70,7 @@ class Pair {
     });
     $("parts").replaceChildren(el("h3", { class: "label" }, `In ${parts} consecutive parts of the text`), this.key(),
       this.bars(rows), el("p", { class: "muted small" }, "Difference of the losses in nats per character. ",
-        "It is real if most parts agree, and luck if about half of them do."));
+        "The interval follows from these parts: the more they agree, the narrower it is."));
   }
 
   // The characters that contribute most to the difference: their sum of differences, divided by all characters.
@@ -89,7 +89,7 @@ class Pair {
   }
 }
 
-const signed = (value, digits) => (value > 0 ? "+" : "−") + fixed(Math.abs(value), digits);
+const signed = (value, digits) => (value > 0 ? "+" : value < 0 ? "−" : "") + fixed(Math.abs(value), digits);
 
 // The validation text, one window at a time, shaded by which model predicts each character better.
 class Reader {
@@ -145,6 +145,7 @@ class Reader {
     this.selected?.classList.remove("selected");
     this.selected = span;
     span.classList.add("selected");
+    span.scrollIntoView({ block: "nearest" });
     const at = this.first + Array.prototype.indexOf.call(this.sheet.children, span);
     const each = this.pair.names.map((name, n) => `${name} ${fixed(this.pair.losses[n][at], 3)}`).join(", ");
     this.status.textContent = `${spoken(characters[at])}, character ${whole(at + 1)}: ${each} nats`;

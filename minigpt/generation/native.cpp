@@ -87,6 +87,8 @@ struct Bfloat16 {  // the upper half of a float
     operator float() const { return reinterpret<float>(uint32_t(half) << 16); }
 };
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "lanes are unpacked from their low bits");
+
 // Each lane of a vector holds PER consecutive numbers; at() unpacks one of each lane.
 template <class Real, class Weight>
 struct Packed {  // float or double, as they are

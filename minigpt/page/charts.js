@@ -25,7 +25,8 @@ function drawLines({ label, xName, yName, series, marker = null }, width, height
   const atY = (y) => height - bottom - ((y - y0) / (y1 - y0 || 1)) * (height - top - bottom);
   const text = (x, y, anchor, content) => svg("text", { x, y, "text-anchor": anchor }, content);
   const rule = (kind, xa, ya, xb, yb) => svg("line", { class: kind, x1: xa, y1: ya, x2: xb, y2: yb });
-  const digits = y1 - y0 < 0.5 ? 2 : 1;
+  const step = yTicks[1] - yTicks[0] || 1;
+  const digits = [1, 2, 3].find((n) => Math.abs(step - Number(step.toFixed(n))) < 1e-9) ?? 4;
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label },
     yTicks.map((y) => rule("grid", left, atY(y), width - right, atY(y))),
     yTicks.map((y) => text(left - 8, atY(y) + 4, "end", fixed(y, digits))),

@@ -116,11 +116,11 @@ class Inspector {
 
   // Return {before, after}: the computations at the character before, which predict the selected one, and at itself.
   async probe(sheet, index, isCurrent) {
-    const reader = this.readers.get(sheet.model), context = sheet.model.config.block_size;
+    const reader = this.readers.get(sheet.model);
     const start = sheet.starts[index] ?? this.startOf(sheet, index);
     const before = index > start ? await reader.read(sheet.ids, index - 1, start, isCurrent) : null;
-    // A full context has no place for the character itself.
-    const own = index - start < context ? start : index - Math.floor(context / 2);
+    // The writer read the character to predict the next one, so in the context of that one.
+    const own = sheet.starts[index + 1] ?? this.startOf(sheet, index + 1);
     const after = isCurrent() ? await reader.read(sheet.ids, index, own, isCurrent) : null;
     return { before, after };
   }
@@ -332,7 +332,7 @@ class Inspector {
       const runs = [];
       for (const run of copiedRuns(text, corpus)) {
         if (slices.due) await slices.pause();
-        if (turn !== this.copiedTurn) return;
+        if (turn !== this.copiedTurn || this.desk.running) return; // the end of a new text starts another search
         if (!run) continue;
         const start = places[run.start], length = places[run.start + run.length - 1] - start + 1;
         runs.push({ start, length, source: run.source, text: text.slice(run.start, run.start + run.length) });

@@ -39,6 +39,8 @@ class Measure {
       return;
     }
     const cache = model.gpt.makeCache(), slices = new Slices(), context = model.config.block_size;
+    $("measured").hidden = true;
+    $("figures").replaceChildren();
     sheet.clear();
     sheet.append(ids[0]);
     for (let i = 0; i + 1 < ids.length; i++) {
@@ -135,7 +137,7 @@ class Measure {
   // Put the measured text on the desk.
   async inspect() {
     const [target] = this.desk.sheets;
-    await this.desk.stop();
+    if (!(await this.desk.stop())) return;
     this.desk.remember();
     target.select(-1);
     target.restore({ ...this.sheet.snapshot(), given: 0, promptLength: this.sheet.length });

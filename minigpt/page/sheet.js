@@ -20,7 +20,8 @@ class Sheet {
   // Remove all characters. For each character: its id, surprisal in bits, first character of its context, logits.
   clear() {
     Object.assign(this, { ids: [], bits: [], starts: [], logits: [], runs: [], selected: -1 });
-    Object.assign(this, { given: 0, promptLength: 0 }); // characters of the reader, and those before the writer began
+    // Characters of the reader, those before the writer began, and random numbers of the seed that were used.
+    Object.assign(this, { given: 0, promptLength: 0, drawn: 0 });
     Object.assign(this, { clusters: [], clusterOf: [], shadeValue: null });
     this.text.replaceChildren();
     this.text.removeAttribute("aria-activedescendant");
@@ -95,13 +96,13 @@ class Sheet {
 
   // Return the text with its notes, for restore().
   snapshot() {
-    const { ids, bits, starts, logits, given, promptLength } = this;
-    return { ids: [...ids], bits: [...bits], starts: [...starts], logits: [...logits], given, promptLength };
+    const { ids, bits, starts, logits, given, promptLength, drawn } = this;
+    return { ids: [...ids], bits: [...bits], starts: [...starts], logits: [...logits], given, promptLength, drawn };
   }
 
-  restore({ ids, bits, starts, logits, given, promptLength }) {
+  restore({ ids, bits, starts, logits, given, promptLength, drawn }) {
     this.clear();
-    Object.assign(this, { given, promptLength });
+    Object.assign(this, { given, promptLength, drawn });
     ids.forEach((id, i) => this.append(id, { bits: bits[i], start: starts[i], logits: logits[i] }));
     this.flush();
   }

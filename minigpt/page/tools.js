@@ -113,7 +113,7 @@ function largest(values, count) {
   return Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
 }
 
-// Return three to six round numbers from 0 or `low` to `high`.
+// Return two to six round numbers between `low` and `high`.
 function ticks(low, high) {
   const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= rough);

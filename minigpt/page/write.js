@@ -86,7 +86,7 @@ class Settings {
     for (const [name, input] of Object.entries(this.inputs)) {
       if (kept.includes(name)) continue;
       const value = values[name] ?? this.defaults[name] ?? "";
-      input.value = name === "stop" ? value.map((s) => s.replaceAll("\n", "\\n")).join("|") : value;
+      input.value = name === "stop" ? value.map(escaped).join("|") : value;
     }
     this.changed();
   }
@@ -115,15 +115,20 @@ class Settings {
       else values[name] = input.value;
     }
     if (Number.isSafeInteger(Number(values.seed))) values.seed = Number(values.seed); // a larger one stays a text
-    const stops = this.inputs.stop.value.split("|").map((s) => s.replaceAll("\\n", "\n"));
-    return { ...values, stop: stops.filter(Boolean) };
+    return { ...values, stop: unescaped(this.inputs.stop.value) };
   }
 }
+
+// Stop strings in one line: separated by |, with \n, \r, \| and \\ for characters that it cannot have.
+const ESCAPES = { "\n": "n", "\r": "r", "|": "|", "\\": "\\" };
+const escaped = (text) => text.replace(/[\n\r|\\]/g, (c) => `\\${ESCAPES[c]}`);
+const unescaped = (line) => (line.match(/(?:\\[nr|\\]|[^|])+/g) ?? []).map((text) =>
+  text.replace(/\\([nr|\\])/g, (_, letter) => Object.keys(ESCAPES).find((c) => ESCAPES[c] === letter)));
 
 // The view that writes: one sheet for each model, and a history for Undo.
 class Desk {
   constructor(models, facts) {
-    Object.assign(this, { models, facts, undone: [], running: null, shading: "surprise" });
+    Object.assign(this, { models, facts, undone: [], running: null, turn: 0, shading: "surprise" });
     this.listeners = { select: () => {}, text: () => {}, settings: () => {} };
     this.sheets = models.map((model, n) => {
       const label = models.length > 1 ? `Text of ${model.name}, by character` : "The text, by character";
@@ -175,7 +180,7 @@ class Desk {
   // Write a new text after the prompt.
   async write() {
     if (!this.checkPrompt()) return $("prompt").focus();
-    await this.stop();
+    if (!(await this.stop())) return;
     this.remember();
     for (const sheet of this.sheets) {
       sheet.clear();
@@ -188,20 +193,21 @@ class Desk {
     return this.run(this.settings.values.max_new_tokens);
   }
 
-  startWriter(sheet, written = 0) {
+  startWriter(sheet, drawn = 0) {
     const writer = new Writer(sheet.model.gpt, sheet.model.characters, this.settings.values);
-    writer.start(sheet.ids, written);
+    writer.start(sheet.ids, drawn);
+    sheet.drawn = drawn;
     return writer;
   }
 
   // Write more characters after the text, with the settings as they are now.
   async continue() {
-    await this.stop();
+    if (!(await this.stop())) return;
     this.remember();
     for (const sheet of this.sheets) {
       const same = sheet.writer && JSON.stringify(sheet.writer.sampling) === JSON.stringify(this.settings.values);
       if (same && sheet.writer.ids.length === sheet.length) continue;
-      sheet.writer = this.startWriter(sheet, sheet.length - sheet.promptLength);
+      sheet.writer = this.startWriter(sheet, sheet.drawn);
       sheet.promptLength = sheet.length;
     }
     return this.run(this.settings.values.max_new_tokens);
@@ -209,7 +215,7 @@ class Desk {
 
   // Put the character `id` in the place of character `index`, and write on from there.
   async branch(sheet, index, id) {
-    await this.stop();
+    if (!(await this.stop())) return;
     this.remember();
     const remaining = Math.max(1, sheet.length - index - 1), logits = sheet.logits[index], start = sheet.starts[index];
     sheet.truncate(index);
@@ -223,11 +229,14 @@ class Desk {
     return this.run(remaining, [sheet]);
   }
 
-  // Stop writing; resolve when the last slice is over.
+  // Stop writing, and wait for the last slice. Return whether nothing else was asked for meanwhile.
   async stop() {
-    if (!this.running) return;
-    this.running.stopped = true;
-    await this.running.over;
+    const turn = ++this.turn;
+    if (this.running) {
+      this.running.stopped = true;
+      await this.running.over;
+    }
+    return turn === this.turn;
   }
 
   remember() {
@@ -237,7 +246,7 @@ class Desk {
   }
 
   async undo() {
-    await this.stop();
+    if (!(await this.stop())) return;
     const states = this.undone.pop();
     if (!states) return;
     this.sheets.forEach((sheet, n) => {
@@ -277,7 +286,10 @@ class Desk {
     const { sheet } = pen, { writer } = sheet;
     if (writer.readAhead()) return;
     const { id, logits } = writer.next();
-    sheet.append(id, { bits: surprisal(logits, id), start: writer.first, logits });
+    // A context that rolls has no fixed start; the inspector finds one.
+    const start = writer.sampling.overflow === "roll" ? null : writer.first;
+    sheet.append(id, { bits: surprisal(logits, id), start, logits });
+    sheet.drawn = writer.drawn;
     pen.remaining--;
     for (const stop of writer.sampling.stop) {
       const length = Array.from(stop).length;

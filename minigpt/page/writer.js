@@ -77,12 +77,13 @@ class Writer {
     Object.assign(this, { gpt, characters: Array.from(characters), sampling, cache: gpt.makeCache() });
   }
 
-  // Begin after the characters `ids`, at least one. A text that continues has `written` characters of this seed.
-  start(ids, written = 0) {
+  // Begin after the characters `ids`, at least one. A text that continues has used `drawn` numbers of this seed.
+  start(ids, drawn = 0) {
     if (!ids.length) throw new Error("the prompt is empty; the model needs at least one character to continue");
     this.ids = Array.from(ids);
     this.uniforms = uniforms(this.sampling.seed);
-    for (let i = 0; i < written; i++) this.uniforms.next();
+    for (let i = 0; i < drawn; i++) this.uniforms.next();
+    this.drawn = drawn;
     this.first = this.sampling.overflow === "roll" ? 0 : Math.max(0, ids.length - this.gpt.config.block_size);
     this.cache.clear();
   }
@@ -96,6 +97,7 @@ class Writer {
       adjusted = penalize(logits, ids.slice(-context), sampling.repetition_penalty);
     }
     const uniform = this.uniforms.next().value;
+    this.drawn++;
     let probabilities, id;
     if (sampling.temperature) {
       probabilities = filterProbabilities(adjusted, sampling);

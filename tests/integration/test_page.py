@@ -132,6 +132,54 @@ def test_stop_text_ends_the_text(tab):
     assert len(written) < 401 and "।" not in written
 
 
+def test_text_continues_after_a_stop_text_with_the_random_numbers_that_follow(tab):
+    tab.evaluate("desk.settings.set({ ...desk.settings.values, stop: [] })")
+    whole = write(tab, "", max_new_tokens=60, temperature=1)
+    stop = whole[20]
+    first = write(tab, "", max_new_tokens=60, temperature=1, stop=[stop])
+    assert first == whole[: whole.index(stop, 1)]
+    drawn = tab.evaluate("desk.sheets[0].drawn")
+    assert drawn == len(first)  # the prompt has one character, and the stop text one draw
+    tab.evaluate("desk.settings.set({ ...desk.settings.values, stop: [], max_new_tokens: 5 })")
+    for count in (1, 2):
+        tab.click("#continue")
+        finish(tab)
+        assert tab.evaluate("desk.sheets[0].drawn") == drawn + 5 * count
+    tab.click("#undo")
+    finish(tab)
+    assert tab.evaluate("desk.sheets[0].drawn") == drawn + 5
+
+
+@pytest.mark.parametrize("stop", [["|"], ["a|b", "\n\n"], ["a\\nb"], ["\r\n", "\\"], []])
+def test_stop_texts_survive_their_field(tab, stop):
+    tab.evaluate("stop => desk.settings.set({ stop })", stop)
+    assert tab.evaluate("desk.settings.values.stop") == stop
+
+
+@pytest.mark.parametrize("overflow", ["reread", "slide", "roll"])
+def test_inspected_character_is_read_in_the_context_of_the_writer(tab, overflow):
+    """The activations that the writer had when it read each character are those that the inspector shows."""
+    tab.evaluate("desk.settings.set({ ...desk.settings.values, stop: [] })")
+    write(tab, "", max_new_tokens=2 * BLOCK, overflow=overflow)
+    starts = tab.evaluate("""async () => {
+        const sheet = desk.sheets[0], starts = [], inspector = new Inspector(desk);
+        for (const reader of inspector.readers.values()) {
+            const read = reader.read.bind(reader);
+            reader.read = (ids, index, start) => (starts.push([index, start]), read(ids, index, start));
+        }
+        for (let i = 1; i < sheet.length; i++) await inspector.probe(sheet, i, () => true);
+        return starts;
+    }""")
+    assert (tab.evaluate("desk.sheets[0].starts.at(-1)") is None) == (overflow == "roll")
+    reads = {}
+    for index, start in starts:
+        reads.setdefault(index, set()).add(start)
+    for index, found in reads.items():
+        assert max(found) <= index
+        assert overflow == "roll" or index - min(found) < BLOCK
+        assert len(found) == 1, (index, found)  # as the last of a context, and as the first of the next prediction
+
+
 def test_unknown_characters_are_named(tab):
     tab.fill("#prompt", "ab\u0301")
     note = tab.inner_text("#prompt-note")
