@@ -4,6 +4,7 @@
 
 const facts = JSON.parse($("facts").textContent);
 const WINDOW = 2500; // characters of the text on the screen
+const STRETCH = 250; // characters in which a model gains, a divisor of WINDOW
 const FULL = 1.5; // nats: a character with this difference or more has the strongest shade
 const SHOWN = 14; // characters in the list of those that make the difference
 
@@ -113,16 +114,26 @@ class Reader {
 
   open(pair) {
     this.pair = pair;
-    const jump = (text, sign) => el("button", { type: "button", onclick: () => this.show(this.extreme(sign)) }, text);
+    const jump = (text, sign) => {
+      const at = this.extreme(sign), button = el("button", { type: "button" }, text);
+      enable(button, at !== null);
+      onPress(button, () => {
+        this.show(Math.floor(at / WINDOW));
+        this.select(this.sheet.children[at % WINDOW]);
+      });
+      return button;
+    };
     this.buttons.replaceChildren(jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1), pair.key());
     this.show(Number(this.place.value));
   }
 
-  // Return the window with the largest sum of differences of this sign.
+  // Return the start of the stretch with the largest mean difference of this sign, null if none has this sign.
   extreme(sign) {
-    const sums = Array.from({ length: Number(this.place.max) + 1 }, (_, n) =>
-      sign * sum(this.pair.differences.subarray(n * WINDOW, (n + 1) * WINDOW)));
-    return largest(sums, 1)[0];
+    const { differences } = this.pair, count = Math.max(1, Math.floor(differences.length / STRETCH));
+    const means = Array.from({ length: count }, (_, n) =>
+      sign * mean(Array.from(differences.subarray(n * STRETCH, (n + 1) * STRETCH))));
+    const [best] = largest(means, 1);
+    return means[best] > 0 ? best * STRETCH : null;
   }
 
   show(window) {
@@ -130,6 +141,7 @@ class Reader {
     this.selected = null;
     this.first = window * WINDOW;
     const shown = characters.slice(this.first, this.first + WINDOW);
+    this.sheet.scrollTop = 0;
     this.sheet.replaceChildren(...shown.map((c, n) => {
       const difference = this.pair.differences[this.first + n];
       const strength = Math.min(1, Math.abs(difference) / FULL);

@@ -44,6 +44,14 @@ VEGA_LITE = "5.21"
 def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:
     """Draw ``train_loss`` and ``val_loss`` of ``history`` and ``batch_loss`` of ``batches`` over the ``step``."""
     (chart,) = _charts({"history": history, "batches": batches}, "loss")
+    names = [name for name, _ in FIELDS.values()]
+    shapes = ["M-1,-.15h2v.3h-2Z", "triangle-up", "circle"]
+    chart["layer"][1]["encoding"]["shape"] = {
+        "field": "rev",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": names, "range": shapes},
+    }
     render([[{**chart, "width": 560}]], title, target)
 
 
@@ -60,7 +68,7 @@ def render(rows: list[Rows], title: str, target: Path) -> None:
     import vl_convert
 
     # By default, concatenated charts share one legend, and bars leave room for the bars of the other charts.
-    resolve = {"scale": {"color": "independent", "yOffset": "independent"}}
+    resolve = {"scale": {"color": "independent", "shape": "independent", "yOffset": "independent"}}
     picture = {
         "title": {"text": _without_controls(title), "anchor": "middle", "fontSize": 16, "offset": 16},
         "vconcat": [{"hconcat": charts, "resolve": resolve} for charts in rows],

@@ -33,6 +33,7 @@ function connectDisplay() {
     $(id).addEventListener("click", () => {
       scale = Math.max(0.75, Math.min(2.4, scale * factor));
       document.documentElement.style.setProperty("--scale", scale.toFixed(3));
+      desk?.fitPrompt();
     });
   }
 }

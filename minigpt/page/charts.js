@@ -16,6 +16,9 @@ function lineChart(describe) {
   return box;
 }
 
+// Return the decimals that tell the ticks apart, and show each exactly.
+const decimals = (found) => Math.max(...found.map((tick) => String(Number(tick.toPrecision(9))).split(".")[1]?.length ?? 0));
+
 function drawLines({ label, xName, yName, series, marker = null }, width, height) {
   const left = 44, right = 12, top = 28, bottom = 40, points = series.flatMap((line) => line.points);
   const xs = points.map(([x]) => x), ys = points.map(([, y]) => y), yTicks = ticks(Math.min(...ys), Math.max(...ys));
@@ -25,12 +28,11 @@ function drawLines({ label, xName, yName, series, marker = null }, width, height
   const atY = (y) => height - bottom - ((y - y0) / (y1 - y0 || 1)) * (height - top - bottom);
   const text = (x, y, anchor, content) => svg("text", { x, y, "text-anchor": anchor }, content);
   const rule = (kind, xa, ya, xb, yb) => svg("line", { class: kind, x1: xa, y1: ya, x2: xb, y2: yb });
-  const step = yTicks[1] - yTicks[0] || 1;
-  const digits = [1, 2, 3].find((n) => Math.abs(step - Number(step.toFixed(n))) < 1e-9) ?? 4;
+  const digits = decimals(yTicks), xTicks = ticks(x0, x1), xDigits = decimals(xTicks);
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label },
     yTicks.map((y) => rule("grid", left, atY(y), width - right, atY(y))),
     yTicks.map((y) => text(left - 8, atY(y) + 4, "end", fixed(y, digits))),
-    ticks(x0, x1).map((x) => text(atX(x), height - bottom + 20, "middle", whole(x))),
+    xTicks.map((x) => text(atX(x), height - bottom + 20, "middle", fixed(x, xDigits))),
     text(width - right, height - 4, "end", xName), text(0, 12, "start", yName),
     marker === null ? null : rule("marker", atX(marker), top, atX(marker), height - bottom),
     series.map((line, n) => drawLine(line.points, n, atX, atY, marker)));

@@ -79,6 +79,8 @@ class Inspector {
 
   async textChanged() {
     this.findCopied();
+    const { shading, sheets: [first] } = this.desk;
+    if (["attention", "unit"].includes(shading) && this.index < 0 && first.length) return first.select(first.length - 1);
     await this.refresh();
   }
 
@@ -302,7 +304,7 @@ class Inspector {
 
   shadeAll() {
     const kind = this.desk.shading;
-    let legend = kind === "surprise" ? "8 bits" : "";
+    let legend = kind === "surprise" ? "8 bits or more" : "";
     for (const sheet of this.desk.sheets) {
       const shown = this.weightsOf(sheet, kind);
       const highest = shown ? shown.weights.reduce((a, b) => Math.max(a, Math.abs(b)), 0) || 1 : 1;

@@ -143,6 +143,7 @@ class Measure {
     target.restore({ ...this.sheet.snapshot(), given: 0, promptLength: this.sheet.length });
     target.writer = null;
     this.show("write");
+    target.text.focus();
     this.desk.finish("The measured text is in the view Write.");
   }
 }

@@ -115,7 +115,8 @@ function largest(values, count) {
 
 // Return two to six round numbers between `low` and `high`.
 function ticks(low, high) {
-  const rough = (high - low || 1) / 5, power = 10 ** Math.floor(Math.log10(rough));
+  if (!(high > low)) return [low];
+  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((n) => n >= rough);
   const found = [];
   for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) found.push(tick);

@@ -79,12 +79,14 @@ function showAbout(desk, page) {
       el("section", {}, el("h2", { class: "label" }, "Keys"), keys()))));
 }
 
+const count = (n, name) => `${whole(n)} ${name}${n === 1 ? "" : "s"}`;
+
 function aboutModel(model, run, several) {
   const { config: c, facts } = model, { val_loss: loss, standard_error: error } = run;
   const seconds = run.train_seconds ? ` in ${whole(run.train_seconds)} seconds` : "";
   const best = run.best_step ? `; the weights are those of step ${whole(run.best_step)}` : "";
   const nats = (value, error) => `${fixed(value, 4)}${error ? ` ± ${fixed(error, 4)}` : ""} nats per character`;
-  const size = `${c.n_layer} blocks of ${c.n_head} heads, ${c.n_embd} channels`;
+  const size = `${count(c.n_layer, "block")} of ${count(c.n_head, "head")}, ${c.n_embd} channels`;
   const rows = [
     ["Training text", run.source],
     ["Parameters", run.parameters && `${whole(run.parameters)}, stored as ${facts.dtype}`],

@@ -148,6 +148,11 @@ class Desk {
     // Not a form: a frame that only allows scripts, such as MLflow's, blocks its submission.
     onPress($("write"), () => this.write());
     prompt.addEventListener("input", () => this.checkPrompt());
+    let width = 0;
+    new ResizeObserver(([{ contentRect }]) => {
+      if (contentRect.width && contentRect.width !== width) this.fitPrompt();
+      width = contentRect.width;
+    }).observe(prompt);
     document.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("view-write").hidden) this.write();
     });
@@ -164,11 +169,17 @@ class Desk {
     return $("prompt").value || ["\n", " "].find((c) => first.ids.has(c)) || first.characters[0];
   }
 
-  // Name the unknown characters of the prompt; return whether all are known.
-  checkPrompt() {
+  // Make the prompt as high as its text.
+  fitPrompt() {
     const prompt = $("prompt");
     prompt.style.height = "auto";
     prompt.style.height = `${prompt.scrollHeight + 2}px`;
+  }
+
+  // Name the unknown characters of the prompt; return whether all are known.
+  checkPrompt() {
+    const prompt = $("prompt");
+    this.fitPrompt();
     const notes = this.models.map((model) => describeUnknown(model.normalized(this.prompt), model.ids));
     const note = notes.find(Boolean) ?? "";
     if ($("prompt-note").textContent !== note) $("prompt-note").textContent = note;
