@@ -140,7 +140,7 @@ def loss_curve(params: Params, corpus: Corpus) -> list[tuple[float, float]]:
             """Ignore them."""
 
         def upload(self) -> None:
-            """Do nothing; there is no store."""
+            """Send nothing."""
 
     run = trainer(params, corpus, Watch())
     run.run()

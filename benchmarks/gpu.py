@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --device cpu     the same in a small form, which shows that everything runs
     python -m benchmarks.gpu training ddp     measures whose names begin so
 
-Each measure is a process of its own. One that fails or takes too long is reported as missing, and the others go on.
+Each measure is a process of its own. One that fails or takes too long is reported as missing.
 Writes a JSON file and a Markdown table. Needs torch, NumPy, PyYAML, ruamel.yaml, pydantic, tqdm, safetensors, filelock
 and psutil. A peer is measured only if it is installed.
 """
@@ -129,7 +129,7 @@ def numerics(options: argparse.Namespace) -> Figures:
 @measure("training, 124M", size="124M")
 @measure("training, 10.7M", size="10.7M")
 def training_speed(options: argparse.Namespace, size: str) -> Figures:
-    """Return characters per second, as fractions of the rate of matrix products and of the data sheet's (MFU) too."""
+    """Return characters per second, and their share of the rate of matrix products and of the data sheet's (MFU)."""
     import torch
 
     from minigpt.runtime.device import peak_flops

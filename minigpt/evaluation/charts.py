@@ -44,6 +44,7 @@ VEGA_LITE = "5.21"
 def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:
     """Draw ``train_loss`` and ``val_loss`` of ``history`` and ``batch_loss`` of ``batches`` over the ``step``."""
     (chart,) = _charts({"history": history, "batches": batches}, "loss")
+    # By default, the legend has a circle for each series. The series are a line, triangles and circles.
     names = [name for name, _ in FIELDS.values()]
     shapes = ["M-1,-.15h2v.3h-2Z", "triangle-up", "circle"]
     chart["layer"][1]["encoding"]["shape"] = {

@@ -16,7 +16,7 @@ function lineChart(describe) {
   return box;
 }
 
-// Return the decimals that tell the ticks apart, and show each exactly.
+// Return the number of decimals that shows each tick exactly.
 const decimals = (found) => Math.max(...found.map((tick) => String(Number(tick.toPrecision(9))).split(".")[1]?.length ?? 0));
 
 function drawLines({ label, xName, yName, series, marker = null }, width, height) {

@@ -220,10 +220,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _number(text: str) -> Any:
-    """Return a cell of a table as a number with six significant digits; None if it is empty or not finite."""
+def _number(text: str | None) -> Any:
+    """Return a cell of a table as a number with six significant digits; None if it is missing, empty or not finite."""
     try:
-        value = float(text or "")  # None: the row is too short
+        value = float(text or "")
     except ValueError:
         return text or None
     return None if not math.isfinite(value) else int(value) if value.is_integer() else _rounded([value])[0]

@@ -113,7 +113,7 @@ function largest(values, count) {
   return Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
 }
 
-// Return two to six round numbers between `low` and `high`.
+// Return two to six round numbers between `low` and `high`, or `low` alone if they are equal.
 function ticks(low, high) {
   if (!(high > low)) return [low];
   const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));

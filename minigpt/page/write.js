@@ -148,7 +148,7 @@ class Desk {
     // Not a form: a frame that only allows scripts, such as MLflow's, blocks its submission.
     onPress($("write"), () => this.write());
     prompt.addEventListener("input", () => this.checkPrompt());
-    let width = 0;
+    let width = 0; // in another width, the prompt has another number of lines
     new ResizeObserver(([{ contentRect }]) => {
       if (contentRect.width && contentRect.width !== width) this.fitPrompt();
       width = contentRect.width;

@@ -158,7 +158,7 @@ def test_stop_texts_survive_their_field(tab, stop):
 
 @pytest.mark.parametrize("overflow", ["reread", "slide", "roll"])
 def test_inspected_character_is_read_in_the_context_of_the_writer(tab, overflow):
-    """The activations that the writer had when it read each character are those that the inspector shows."""
+    """The inspector reads a character in the context from which the writer predicted the next one."""
     tab.evaluate("desk.settings.set({ ...desk.settings.values, stop: [] })")
     write(tab, "", max_new_tokens=2 * BLOCK, overflow=overflow)
     starts = tab.evaluate("""async () => {
