@@ -70,7 +70,7 @@ class KVCache:
         self, config: ModelParams, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.batch_size, self.slots, self.dtype, self.device = batch_size, slots, dtype, device
-        self.window = config.attention_window or config.block_size
+        self.window = config.window
         shape = (config.n_layer, 2, batch_size, config.n_head, slots, config.head_size)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.current = CacheSlice(slice(0, 0), slice(0, 0), (0, slots), None)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
-import regex
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from minigpt import __version__, errors, params, profiles
+from minigpt.files import require_root
+from minigpt.terminal import from_argument, graphemes, read_prompt, show
 
 if TYPE_CHECKING:
     from minigpt.data.tokenizer import Tokenizer
 
 MODEL, RESULTS = Path("models/gpt"), Path("results")
-LONGEST_PROMPT = 64 << 20  # bytes that are read from standard input, which may have no end
 
 FilePath = click.Path(path_type=Path)
 
@@ -131,40 +129,16 @@ def write(prompt: str | None, model: Path, skip_unknown: bool, **options: Any) -
         device = choose_device(sampling.device)
     except errors.UserError:
         raise errors.UserError(f"--device: {sampling.device} is not available here; use auto or cpu") from None
-    generator = Generator.load(
-        model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens
-    )
+    try:
+        generator = Generator.load(
+            model, device, sampling.dtype, compile=sampling.compile, characters=sampling.max_new_tokens
+        )
+    except errors.UserError as error:
+        raise errors.UserError(str(error).replace("sample.compile:", "--compile:", 1)) from None
     prompt = check_prompt(generator.tokenizer, prompt or generator.tokenizer.usable_prompt("\n"), skip_unknown)
+    warn_of_stops(generator.tokenizer, sampling.stop)
     pieces = (piece for (piece,) in generator.stream(prompt, sampling))
     show(graphemes(itertools.chain([prompt], pieces)))
-
-
-def from_argument(text: str, name: str) -> str:
-    """Return an argument of the program, which is UTF-8 even if Python has read it in an ASCII locale."""
-    return decode(os.fsencode(text), name)
-
-
-def read_prompt() -> str:
-    """Return the text on standard input, as UTF-8 in any locale; in a terminal, an empty one."""
-    if sys.stdin.isatty():
-        return ""
-    try:
-        data = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
-    except OSError as error:
-        raise errors.UserError(f"standard input: not readable: {error.strerror or error}") from None
-    if len(data) > LONGEST_PROMPT:
-        raise errors.UserError(f"standard input: longer than {LONGEST_PROMPT >> 20} MB, the limit for a prompt")
-    return decode(data, "standard input").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def decode(data: bytes, name: str) -> str:
-    """Return UTF-8 as text, or raise a UserError that starts with ``name``."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        wrong = f"byte {error.start + 1} is 0x{data[error.start]:02x}"
-        advice = "convert the text, for example with `iconv -f LATIN1 -t UTF-8`"
-        raise errors.UserError(f"{name}: not UTF-8: {wrong}; {advice}") from None
 
 
 def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:
@@ -182,31 +156,14 @@ def check_prompt(tokenizer: Tokenizer, prompt: str, skip_unknown: bool) -> str:
     return prompt
 
 
-def graphemes(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the text of ``pieces`` in whole graphemes: characters as a reader sees them (Unicode's annex 29)."""
-    incomplete = ""
-    for piece in pieces:
-        *complete, incomplete = regex.findall(r"\X", incomplete + piece) or [""]
-        if complete:
-            yield "".join(complete)
-    yield incomplete
+def warn_of_stops(tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+    """Print a warning for each stop string that the model cannot write."""
+    from minigpt.data.tokenizer import describe_character
 
-
-def show(texts: Iterable[str]) -> None:
-    """Print texts as they arrive; Ctrl-C and a closed pipe end the program without a message."""
-    last = "\n"
-    try:
-        for text in texts:
-            print(text, end="", flush=True)
-            last = text[-1:] or last
-    except KeyboardInterrupt:
-        print()
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter flushes to it at exit
-        sys.exit(128 + signal.SIGPIPE)
-    if last != "\n":
-        print()
+    for stop in stops:
+        if unknown := tokenizer.without_unknown(stop)[1]:
+            named = ", ".join(map(describe_character, unknown))
+            print(f"minigpt: --stop {stop!r} ends no text, because the model cannot write {named}", file=sys.stderr)
 
 
 @cli.command()
@@ -272,6 +229,7 @@ def profile(name: str | None, source: str, force: bool) -> None:
         text = f", with {source}" if source else ""
         print(f"minigpt: params.yaml has the values of {name}{text}; `dvc repro` runs it")
         return
+    require_root()
     for each in profiles.names():
         print(f"{'*' if profiles.is_applied(each) else ' '} {each:<18} {profiles.describe(each)}")
 
@@ -322,6 +280,7 @@ def ui(port: int) -> None:
     """Show the runs of this repository in MLflow's page."""
     from minigpt.tracking.ui import show_runs
 
+    require_root()
     show_runs(port)
 
 
@@ -337,6 +296,7 @@ def sync() -> None:
     from minigpt.tracking.store import resolve_tracking_uri
     from minigpt.tracking.uploader import Uploader, sync
 
+    require_root()
     known = {journal.key: journal for journal in journals()}
     for experiment in reversed(list(experiments())):
         with suppress(errors.UserError):  # its results are damaged
@@ -371,7 +331,7 @@ def dagshub(repo: str) -> None:
     """
     from minigpt.tracking import credentials, dagshub
 
-    credentials.dagshub_page(repo)  # a mistake in the name comes before a question for the token
+    credentials.dagshub_page(repo, "REPO")  # a mistake in the name comes before a question for the token
     dagshub.connect(repo, dagshub.read_token())
 
 

@@ -8,6 +8,7 @@ import atexit
 import codecs
 import errno
 import gc
+import getpass
 import io
 import os
 import platform
@@ -24,8 +25,9 @@ from typing import NoReturn
 PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure, while torchrun ends it
 USER_ERROR_DELAY = 10.0  # seconds in which rank 0 reports the same mistake of the user first, and ends its MLflow run
 MANY_OBJECTS = 50_000  # new ones before Python looks for garbage; with 700, it takes 0.1 s of the import of torch
-WRITE_ERRORS = (  # a full or read-only disk, a mount point, or a file in the place of a folder
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EBUSY,
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FILE_ERRORS = (  # no permission, a read-only disk, a mount point, or a file in the place of a folder
+    *FULL, errno.EACCES, errno.EROFS, errno.EBUSY,
     errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
@@ -100,7 +102,7 @@ def report(main: Callable[[], None]) -> None:
         message = f"{prefix if rank else 'minigpt: '}{error}"
         # An experiment with --temp or --queue runs in a copy of the repository, which DVC deletes.
         if "DVC_STAGE" in os.environ and os.environ.get("DVC_ROOT", os.getcwd()) == os.getcwd():
-            message += "\nminigpt: to restore the outputs of the last successful run, use `dvc checkout dvc.yaml`"
+            message += "\nminigpt: `dvc checkout --force dvc.yaml` restores the outputs of the last successful run"
         _exit(1, message)
     except Interrupted as stop:
         _exit(128 + stop.signum, "" if rank else f"minigpt: {stop}")
@@ -111,14 +113,25 @@ def report(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit(130, "" if rank else "minigpt: interrupted")
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-            _exit(1, f"{prefix}cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+            _exit(1, prefix + describe_file_error(error))
         if is_out_of_memory(error):
             advice = "reduce the model, its context, the batch size or the number of samples"
             _exit(1, f"{prefix}not enough memory: {' '.join(str(error).split()) or 'allocation failed'}; {advice}")
         if world_size == 1:
             raise
         _exit(1, f"{prefix}failed\n{traceback.format_exc().rstrip()}")
+
+
+def describe_file_error(error: OSError) -> str:
+    """Return what failed, for which file if Python knows it, and what helps."""
+    file = error.filename2 or error.filename  # of a copy, the second is the one that is written
+    verb, advice = "write", ""
+    if error.errno in FULL:
+        advice = "; free some space, then run the same command"
+    elif error.errno == errno.EACCES:
+        verb, advice = "read or write", "; change its owner or its permissions"
+    return f"cannot {verb}{f' {file}' if file else ''}: {error.strerror}{advice}"
 
 
 def environment_number(name: str, default: float, least: float = 0, greatest: float = 1e9) -> float:
@@ -153,7 +166,11 @@ def open_streams() -> None:
 
 
 def provide_home() -> None:
-    """Set HOME for a user who has none, such as one of a container without a passwd entry. MLflow and DVC need it."""
+    """Set HOME and LOGNAME for a user without a passwd entry, as in some containers. MLflow and DVC need them."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
     try:
         Path.home()
     except RuntimeError:

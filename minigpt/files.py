@@ -29,6 +29,12 @@ def workspace() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
+def require_root() -> None:
+    """Raise a UserError unless the working directory is the root of a repository."""
+    if not Path(".dvc").is_dir():
+        raise UserError(".dvc: no such folder; run this from the root of the repository")
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -121,11 +127,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that a crash leaves as it was or complete. It replaces a directory of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    fsync(temporary)
-    if path.is_dir():
-        remove(path)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        fsync(temporary)
+        if path.is_dir():
+            remove(path)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

@@ -310,8 +310,7 @@ class GPT(nn.Module):
         """
         config = self.config
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        span = min(config.block_size, config.attention_window or config.block_size)
-        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * span
+        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * config.window
 
     def num_parameters(self) -> int:
         """Return how many numbers are trained."""

@@ -71,8 +71,7 @@ class DataParams(Section):
     @field_validator("test_fraction")
     @classmethod
     def _check_training_split(cls, test_fraction: float, info: ValidationInfo) -> float:
-        val_fraction = info.data.get("val_fraction", 0)
-        if val_fraction + test_fraction >= 1:
+        if (val_fraction := info.data.get("val_fraction", 0)) + test_fraction >= 1:
             raise ValueError(
                 "data.val_fraction + data.test_fraction must be less than 1, or no training split is left, "
                 f"got {val_fraction} + {test_fraction}"
@@ -104,11 +103,15 @@ class ModelParams(Section):
     dropout: Fraction
     dropout_kind: Literal["element", "channel"]
 
+    @property
+    def window(self) -> int:
+        """Characters that a position attends to in each block, itself included."""
+        return min(self.attention_window or self.block_size, self.block_size)
+
     @field_validator("positions")
     @classmethod
     def _check_rotary_head_size(cls, positions: str, info: ValidationInfo) -> str:
-        head_size = info.data.get("head_size", 0)
-        if positions == "rotary" and head_size % 2:
+        if positions == "rotary" and (head_size := info.data.get("head_size", 0)) % 2:
             raise ValueError(f"rotary positions rotate pairs of channels, so head_size must be even, got {head_size}")
         return positions
 
@@ -213,16 +216,14 @@ class Params(Section):
     @field_validator("evaluate")
     @classmethod
     def _check_stride(cls, evaluate: EvaluateParams, info: ValidationInfo) -> EvaluateParams:
-        model = info.data.get("model")
-        if model and evaluate.stride > model.block_size:
+        if (model := info.data.get("model")) and evaluate.stride > model.block_size:
             raise ValueError(f"its stride must be at most model.block_size = {model.block_size}, got {evaluate.stride}")
         return evaluate
 
     @field_validator("sample")
     @classmethod
     def _check_overflow(cls, sample: SampleParams, info: ValidationInfo) -> SampleParams:
-        model = info.data.get("model")
-        if model and sample.overflow == "roll" and model.positions == "learned":
+        if (model := info.data.get("model")) and sample.overflow == "roll" and model.positions == "learned":
             raise ValueError("its overflow: roll needs model.positions: rotary; with learned ones, use reread or slide")
         return sample
 

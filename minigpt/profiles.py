@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from minigpt import params, texts
 from minigpt.errors import UserError
+from minigpt.files import write_atomically
 
 DIRECTORY, PARAMS = Path("configs"), Path("params.yaml")
 DEFAULT = "default"
@@ -76,17 +77,20 @@ def write(name: str, force: bool = False, source: str = "") -> None:
 
     Only ``force`` overwrites values that neither git nor a profile holds.
     """
+    from minigpt.data import checks  # imports NumPy, which the help does not need
+
     params.load(PARAMS)
     if source and not Path(source).exists():
         raise UserError(f"{source}: no such file or folder; --source names a text inside this repository")
-    text = load_profile(name, source=source).data.source
+    settings = load_profile(name, source=source)
+    checks.check_paths(settings)
     if not (force or _is_committed() or any(map(is_applied, names()))):
         raise UserError(
             f"{PARAMS}: has changes that are not committed to git, and the profile would overwrite them; "
             "commit the file, or use --force to overwrite it"
         )
-    texts.fetch(Path(text))
-    PARAMS.write_text(apply(name, params.read_text(PARAMS), source=source), encoding="utf-8")
+    texts.fetch(Path(settings.data.source))
+    write_atomically(PARAMS.resolve(), apply(name, params.read_text(PARAMS), source=source).encode())
 
 
 def _is_committed() -> bool:

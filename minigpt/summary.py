@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import params
+from minigpt.comparison.experiment import Experiment, Folder
 from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
-from minigpt.evaluation.paired import Estimate
+from minigpt.evaluation.paired import MIN_CHARACTERS, Estimate
 from minigpt.files import read_run_key, require_json, workspace
 from minigpt.git import git
 from minigpt.tracking.journal import Journal
@@ -38,13 +39,13 @@ def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
         if not (results / name).is_file():
             raise UserError(f"{results / name}: no such file; `dvc repro` writes it")
     try:
-        return _summary(model, results) + (_next_steps() if next_steps else "")
+        return _summary(model, results, next_steps) + (_next_steps() if next_steps else "")
     except (OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{results}: damaged ({reason}); `dvc checkout dvc.yaml` restores the files") from None
+        raise UserError(f"{results}: damaged ({reason}); `dvc checkout --force dvc.yaml` restores the files") from None
 
 
-def _summary(model: Path, results: Path) -> str:
+def _summary(model: Path, results: Path, next_steps: bool) -> str:
     settings = params.load()
     train, evaluation, sample = (
         require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
@@ -61,7 +62,7 @@ def _summary(model: Path, results: Path) -> str:
 {_source(results / "train" / "run.json", settings.data.source)}\
   {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
-{_verdict(train, evaluation)}{_changed(settings)}
+{_verdict(train, evaluation)}{_changed(settings, during_stage=not next_steps)}
 {_loss("test loss", evaluation["test"]) if "test" in evaluation else ""}{_loss("validation loss", val)}\
                     before training: {untrained:.4f} nats
 {_by_file(results / "evaluate" / "files.csv")}\
@@ -146,6 +147,13 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """Return the comparison with the best n-gram model, and signs of overfitting, as lines."""
     val, baselines = evaluation["val"], evaluation["baselines"]
     loss, name = min((loss, name) for name, loss in baselines.items() if name.endswith("gram"))
+    if val.get("characters", MIN_CHARACTERS) < MIN_CHARACTERS:
+        sentences = [
+            f"none: {val['characters']:,} characters of validation text are too few",
+            f"the best n-gram model ({name}) has {loss:.4f} nats",
+            "docs/own-text.md explains how much text is enough",
+        ]
+        return _labelled("verdict", "; ".join(sentences))
     versus = evaluation.get("versus_ngram", {"difference": val["loss"] - loss})  # older results have none
     estimate = Estimate(versus["difference"], versus.get("standard_error") or math.nan)
     known = not math.isnan(estimate.standard_error)
@@ -162,17 +170,29 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
     if estimate.value > 0 or (known and not estimate.significant):
         if train["best_step"] == train["steps"]:
             sentences.append("the last step is the best, so more train.max_iters may help")
+        elif not train["best_step"]:
+            sentences.append("no step has lowered the loss, so a smaller train.learning_rate may help")
         sentences.append("docs/own-text.md explains the signs")
     if known:
         sentences.append("for other trainings, see `minigpt compare`")
     return _labelled("verdict", "; ".join(sentences))
 
 
-def _changed(settings: params.Params) -> str:
-    """Return the params that differ from those in git; nothing if there are none."""
+def _changed(settings: params.Params, during_stage: bool) -> str:
+    """Return the params of the results that differ from those in git, and those of params.yaml that are newer.
+
+    During the stage sample, ``dvc.lock`` still has the params of the sample before.
+    """
+    current, used = params.flatten(settings), Experiment("workspace", Folder(Path())).params
+    if during_stage:
+        used |= params.flatten(settings.sample, "sample.")
     committed = committed_params(os.environ.get("DVC_EXP_BASELINE_REV") or "HEAD")
-    changed = changes(committed, params.flatten(settings)) if committed else ""
-    return "\n" + _labelled("changed params", f"{changed} (compared with the last commit)") if changed else ""
+    lines = ""
+    if changed := changes(committed, used) if committed else "":
+        lines += "\n" + _labelled("changed params", f"{changed} (compared with the last commit)")
+    if newer := changes(used, current):
+        lines += "\n" + _labelled("not run yet", f"{newer} (in params.yaml); `dvc repro` runs it")
+    return lines
 
 
 def _labelled(label: str, text: str) -> str:

@@ -139,13 +139,15 @@ def score_text(
     metrics = summarize(name, scored)
     losses = recorder.result(text_digest(split.tokens.numpy(force=True), tokenizer))
     estimate = paired.loss(losses)
-    if math.isfinite(estimate.standard_error):
-        metrics["standard_error"] = estimate.standard_error
-        if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
-            print(
-                f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats "
-                f"(95 % interval); more than {scored.count:,} characters would be more certain"
-            )
+    if not math.isfinite(estimate.standard_error):
+        print(f"minigpt: {name}: {scored.count:,} characters are too few to say how certain this loss is")
+        return metrics, losses
+    metrics["standard_error"] = estimate.standard_error
+    if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
+        print(
+            f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats "
+            f"(95 % interval); more than {scored.count:,} characters would be more certain"
+        )
     return metrics, losses
 
 
@@ -194,8 +196,8 @@ def score_training(model: GPT, train: Split, max_chars: int) -> dict[str, Any]:
     if scored.count == scored.total or scored.windows > 1:
         metrics["sampling_error"] = scored.sampling_error
     if scored.count < scored.total:
-        error = f"standard error {scored.sampling_error:.2g} nats"
-        print(f"minigpt: train is a sample of the split's {scored.total:,} characters; {error}")
+        error = f"; standard error {scored.sampling_error:.2g} nats" if scored.windows > 1 else ""
+        print(f"minigpt: train is a sample of the split's {scored.total:,} characters{error}")
     return metrics
 
 

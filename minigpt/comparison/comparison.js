@@ -123,7 +123,8 @@ class Reader {
       });
       return button;
     };
-    this.buttons.replaceChildren(jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1), pair.key());
+    this.buttons.replaceChildren(jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1),
+      pair.key(), el("span", { class: "muted small" }, `strongest shade: ${FULL} nats or more`));
     this.show(Number(this.place.value));
   }
 
@@ -165,7 +166,10 @@ class Reader {
 }
 
 function start() {
-  if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const setTheme = () => (document.documentElement.dataset.theme = dark.matches ? "dark" : "light");
+  dark.addEventListener("change", setTheme);
+  setTheme();
   showResults();
   showCurves();
   const reader = characters.length ? new Reader() : null;

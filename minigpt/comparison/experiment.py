@@ -105,9 +105,8 @@ class Experiment:
     def params(self) -> dict[str, Any]:
         """Params of the results by dotted name; keys that were renamed have their present names."""
         tree = self._yaml("params.yaml")
-        stages = self._yaml("dvc.lock").get("stages") or {}
-        for stage in stages.values() if isinstance(stages, dict) else ():
-            tree |= stage.get("params", {}).get("params.yaml", {})
+        for stage in _mapping(self._yaml("dvc.lock").get("stages")).values():
+            tree |= _mapping(_mapping(_mapping(stage).get("params")).get("params.yaml"))
         return {params.RENAMED.get(name, name): value for name, value in params.flatten(tree).items()}
 
     @cached_property
@@ -123,16 +122,22 @@ class Experiment:
 
     def _digests(self, kind: str) -> dict[str, str]:
         """Return the digests of the inputs (``deps``) or outputs (``outs``) of the training, by path."""
-        train = (self._yaml("dvc.lock").get("stages") or {}).get("train", {})
-        return {str(entry.get("path")): str(entry.get("md5")) for entry in train.get(kind, ())}
+        train = _mapping(_mapping(self._yaml("dvc.lock").get("stages")).get("train"))
+        listed = train.get(kind)
+        entries = map(_mapping, listed if isinstance(listed, list) else ())
+        return {str(entry.get("path")): str(entry.get("md5")) for entry in entries}
 
     def _yaml(self, path: str) -> dict[str, Any]:
-        content = params.read_yaml((self.files.read(path) or b"").decode("utf-8", "replace"), f"{self.name}: {path}")
-        return content if isinstance(content, dict) else {}
+        text = (self.files.read(path) or b"").decode("utf-8", "replace")
+        return _mapping(params.read_yaml(text, f"{self.name}: {path}"))
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """Return ``metrics.json`` of a stage, empty if there is none."""
-        return self._json(RESULTS / stage / "metrics.json")
+        path = RESULTS / stage / "metrics.json"
+        metrics = self._json(path)
+        if not all(isinstance(metrics.get(split, {}), dict) for split in ("train", "val", "test")):
+            raise self._damaged(path)
+        return metrics
 
     @cached_property
     def run(self) -> dict[str, Any]:
@@ -151,7 +156,10 @@ class Experiment:
             content = json.loads(self.files.read(path) or b"{}")
             if isinstance(content, dict):
                 return content
-        raise UserError(f"{self.name}: {path}: damaged; `dvc checkout dvc.yaml` restores it")
+        raise self._damaged(path)
+
+    def _damaged(self, path: PurePosixPath) -> UserError:
+        return UserError(f"{self.name}: {path}: damaged; `dvc checkout --force dvc.yaml` restores it")
 
     def table(self, path: str) -> list[Row]:
         """Return the rows of a CSV file below ``results``, with numbers as numbers; empty if there is none."""
@@ -179,6 +187,11 @@ class Experiment:
         """Validation loss in nats per character, or None if it was not measured."""
         value = self.metrics("evaluate").get("val", {}).get("loss")
         return float(value) if isinstance(value, int | float) else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping that was read from a file, empty if the file has something else there."""
+    return value if isinstance(value, dict) else {}
 
 
 def _number(cell: str | None) -> Any:
@@ -224,10 +237,8 @@ def find(name: str) -> Experiment:
     Raises:
         UserError: there is none.
     """
-    if name == "workspace" or Path(name).is_dir():
-        root = Path() if name == "workspace" else Path(name)
-        if not (root / RESULTS).is_dir():
-            raise UserError(f"{name}: has no folder {RESULTS}; expected the folder of a workspace after `dvc repro`")
+    root = Path() if name == "workspace" else Path(name)
+    if (root / RESULTS).is_dir():
         return Experiment(name, Folder(root))
     known = list(experiments())
     if found := next((each for each in known if each.name == name), None):
@@ -237,6 +248,8 @@ def find(name: str) -> Experiment:
     workspace = [Experiment("workspace", Folder(Path()))] if Path(RESULTS).is_dir() else []
     if found := next((each for each in [*known, *workspace, *committed()] if _is_run(each, name)), None):
         return found
+    if name == "workspace" or root.is_dir():
+        raise UserError(f"{name}: has no folder {RESULTS}; expected the folder of a workspace after `dvc repro`")
     import difflib
 
     close = difflib.get_close_matches(name, [each.name for each in known], n=1)

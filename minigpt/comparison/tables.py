@@ -67,7 +67,7 @@ def overview(seeds: bool = False) -> str:
         notes.append(f"Without results here: {', '.join(without)}. `dvc exp pull` or `dvc pull` may bring them.")
     if tested:
         notes.append("The order follows the validation loss. Choose by it, and report the test loss of your choice.")
-    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
+    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *map(_fill, notes)])
 
 
 def _known() -> tuple[list[Experiment], list[str]]:
@@ -118,8 +118,7 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
         return seed_table(group_by_seed(chosen), chosen[0].params)
     results, keys = result_rows(chosen)
     lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
-    sentences = [textwrap.fill(each, WIDTH, subsequent_indent="  ") for each in verdicts(chosen)]
-    return "\n".join([*lines, "", *sentences, "", MEANING, ABOUT_MODELS])
+    return "\n".join([*lines, "", *map(_fill, verdicts(chosen)), "", MEANING, ABOUT_MODELS])
 
 
 def require_losses(chosen: Sequence[Experiment]) -> None:
@@ -206,12 +205,21 @@ def changes(reference: dict[str, Any], changed: dict[str, Any]) -> str:
 
 
 def group_by_seed(chosen: Iterable[Experiment]) -> list[list[Experiment]]:
-    """Return groups of experiments on one text that differ only in ``train.seed``; of each seed, the first."""
+    """Return groups of experiments on one text, of one code, that differ only in ``train.seed``.
+
+    Of each seed, the first counts.
+    """
     groups: dict[Any, dict[Any, Experiment]] = {}
     for each in chosen:
-        rest = tuple(sorted((name, str(value)) for name, value in each.params.items() if name != SEED))
-        groups.setdefault((_text(each), rest), {}).setdefault(each.params.get(SEED), each)
+        code = tuple(sorted(each.code.items()))
+        groups.setdefault((*_text_and_params(each), code), {}).setdefault(each.params.get(SEED), each)
     return [list(group.values()) for group in groups.values()]
+
+
+def _text_and_params(experiment: Experiment) -> tuple[str, Any]:
+    """Return the digest of the validation text, and the params except for the seed."""
+    params = experiment.params.items()
+    return _text(experiment), tuple(sorted((name, str(value)) for name, value in params if name != SEED))
 
 
 def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:
@@ -235,11 +243,13 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
         "After ± of a loss: standard deviation over the seeds. After ± of a difference: its standard error.",
         '"=" before a difference: it may be the luck of the seeds.',
     ]
+    if len({_text_and_params(group[0]) for group in groups}) < len(groups):
+        notes.append("Rows with equal params are of different code; `minigpt compare A B` lists the files.")
     if all(len(group) == 1 for group in groups):
         notes = [
             "No two trainings differ only in their seed. `dvc exp run --temp -S train.seed=2` adds one; take three."
         ]
-    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *notes])
+    return "\n".join([*align(table, left=(0, len(table[0]) - 1)), "", *map(_fill, notes)])
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
@@ -331,6 +341,10 @@ def align(table: list[list[str]], left: tuple[int, ...], width: int = WIDTH) -> 
         lines.append("  ".join(aligned).rstrip())
         lines += [" " * used + other for other in others]
     return lines
+
+
+def _fill(sentence: str) -> str:
+    return textwrap.fill(sentence, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _in_parts(table: list[list[str]]) -> list[str]:

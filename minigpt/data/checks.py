@@ -11,6 +11,19 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.params import Params
 
+OUTPUTS = ("data/prepared", "models/gpt", "results/train", "results/evaluate", "results/sample")
+"""Folders that the stages in ``dvc.yaml`` write, and DVC deletes before."""
+
+
+def check_paths(settings: Params) -> None:
+    """Raise a UserError if a stage would delete its own input."""
+    for name, path in (("data.source", settings.data.source), ("train.init_from", settings.train.init_from)):
+        for output in OUTPUTS if path else ():
+            used, written = Path(path).resolve(), Path(output).resolve()
+            if used.is_relative_to(written) or (written.is_relative_to(used) and name == "data.source"):
+                fix = "name a copy" if used.is_relative_to(written) else "name a file or folder in it"
+                raise UserError(f"{name}: {path}: DVC deletes {output} before a stage writes it; {fix}")
+
 
 def check_text(settings: Params) -> str:
     """Read the text of ``data.source`` and check it as the stages do; raise a UserError if one of them would fail.
@@ -18,6 +31,7 @@ def check_text(settings: Params) -> str:
     Returns:
         why the text was not read, or an empty string. One that does not exist may not be downloaded yet.
     """
+    check_paths(settings)
     data, source = settings.data, Path(settings.data.source)
     if not os.path.lexists(source):
         return f"{source} does not exist"

@@ -52,13 +52,15 @@ class CharacterLosses:
     def load(cls, file: IO[bytes], name: str) -> CharacterLosses:
         """Read an open file. The UserError for a damaged one starts with ``name``."""
         try:
+            if not zipfile.is_zipfile(file):  # else NumPy advises to unpickle it
+                raise ValueError("not an archive of arrays")
             with np.load(file, allow_pickle=False) as content:
                 nats = content["nats"]
                 losses = cls(nats, int(content["segment"]), int(content["characters"]), str(content["text"]))
             if nats.dtype != np.float32 or nats.shape != (-(-losses.characters // losses.segment),):
                 raise ValueError(f"{nats.shape} sums of {losses.segment} characters for {losses.characters}")
         except (ValueError, KeyError, TypeError, OSError, EOFError, ZeroDivisionError, zipfile.BadZipFile) as error:
-            raise UserError(f"{name}: damaged: {error}; `dvc checkout dvc.yaml` restores it") from None
+            raise UserError(f"{name}: damaged: {error}; `dvc checkout --force dvc.yaml` restores it") from None
         return losses
 
     @property

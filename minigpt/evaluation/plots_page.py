@@ -6,8 +6,8 @@ package vl-convert-python, and sets it as DVC's template in ``.dvc/config.local`
 
 from pathlib import Path
 
-from minigpt.errors import UserError
 from minigpt.evaluation.charts import VEGA_LITE
+from minigpt.files import require_root
 
 PAGE = Path(".dvc/plots/page.html")
 
@@ -33,8 +33,7 @@ def write_page() -> None:
     import vl_convert
     from dvc.config import Config
 
-    if not Path(".dvc").is_dir():
-        raise UserError(".dvc: no such folder; run this from the root of the repository")
+    require_root()
     scripts = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
     temporary = PAGE.with_suffix(".tmp")
     temporary.parent.mkdir(exist_ok=True)

@@ -82,7 +82,8 @@ class Generator:
 
         Pieces may be empty: at a possible start of a stop string, and after each part of a long prompt.
         """
-        texts = [StopStrings(sampling.stop) for _ in range(samples)]
+        stop = [self.tokenizer.normalized(one) for one in sampling.stop]  # as the text that the model writes
+        texts = [StopStrings(stop) for _ in range(samples)]
         for ids in self._ids(prompt, sampling, samples, name):
             if not ids:
                 yield [""] * samples
@@ -101,8 +102,8 @@ class Generator:
         The cache holds the characters from ``start`` on. When the context is full, ``reread`` starts again with its
         last half, and ``slide`` with all but its first character, for every further one: the most context that the
         model was trained with, at the cost of a whole forward pass. ``roll``, for rotary positions, never starts again:
-        a character attends to the last W (attention_window, or block_size) as they were computed when they were read,
-        so that information reaches further back than W, as in Transformer-XL (Dai et al. 2019).
+        a character attends to the last W (``ModelParams.window``) as they were computed when they were read, so that
+        information reaches further back than W, as in Transformer-XL (Dai et al. 2019).
         """
         if not prompt:
             raise UserError(f"{name}: empty; the model needs at least one character of its vocabulary to continue")
@@ -112,8 +113,7 @@ class Generator:
         prompt_ids = torch.from_numpy(self.tokenizer.encode(prompt, name).astype(np.int64))
         text, end = prompt_ids.to(self.device).expand(samples, -1), len(prompt_ids)
         start = 0 if roll else max(0, end - context)
-        window = self.config.attention_window or context
-        with self._empty_cache(samples, context + window if roll else context) as cache:
+        with self._empty_cache(samples, context + self.config.window if roll else context) as cache:
             for drawn in draw_uniforms(sampling.seed, samples, sampling.max_new_tokens):
                 uniforms = torch.from_numpy(drawn).to(self.device)
                 # Nothing reads characters from before the context again, except the first time, from the prompt.

@@ -162,7 +162,7 @@ class NativeGPT:
             (_Layer * len(layers))(*layers), self._address(torch.cat([rows * tap for tap in taps])), positions,
             self._norm(model.norm), self._linear(model.head), config.n_layer, config.n_head, config.head_size,
             config.n_embd, model.blocks[0].feed_forward.down.in_features, config.embd_conv,
-            config.mlp_conv - 1, model.vocab_size, config.attention_window or config.block_size,
+            config.mlp_conv - 1, model.vocab_size, config.window,
             ACTIVATIONS.index(config.activation), config.embd_norm, config.qk_norm,
         )  # fmt: skip
 

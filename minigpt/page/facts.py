@@ -179,15 +179,16 @@ def _describe_run(page_model: PageModel) -> Facts:
     if page_model.root is None:
         return run
     results = page_model.root / "results"
-    run |= {key: value for key, value in _read_json(results / "train" / "run.json").items() if value is not None}
-    train, evaluation = (_read_json(results / stage / "metrics.json") for stage in ("train", "evaluate"))
+    record, train, evaluation = (
+        _read_json(results / path) for path in ("train/run.json", "train/metrics.json", "evaluate/metrics.json")
+    )
+    run |= {key: value for key, value in record.items() if isinstance(value, str)}
+    train = _numbers(train)
     run |= {key: train[key] for key in ("steps", "best_step", "train_seconds", "val_loss") if key in train}
-    if val := evaluation.get("val"):
+    val, baselines = (_numbers(evaluation.get(name)) for name in ("val", "baselines"))
+    run |= {key: val[key] for key in ("standard_error", "bits_per_character", "characters", "accuracy") if key in val}
+    if "loss" in val:
         run["val_loss"] = val["loss"]
-        run |= {
-            key: val[key] for key in ("standard_error", "bits_per_character", "characters", "accuracy") if key in val
-        }
-    baselines = evaluation.get("baselines", {})
     ngrams = {name: loss for name, loss in baselines.items() if name.endswith("gram")}
     if ngrams:
         loss, name = min((loss, name) for name, loss in ngrams.items())
@@ -218,6 +219,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
+
+
+def _numbers(values: Any) -> dict[str, Any]:
+    """Return the finite numbers of a part of a JSON file, empty if the file has something else there."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {name: value for name, value in items if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _number(text: str | None) -> Any:

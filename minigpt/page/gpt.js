@@ -88,7 +88,7 @@ const ACTIVATIONS = {
 // attends to are dropped.
 class Cache {
   constructor(config) {
-    this.window = config.attention_window || config.block_size;
+    this.window = Math.min(config.attention_window || config.block_size, config.block_size);
     this.kept = Math.max(this.window, config.mlp_conv) - 1; // characters that the next one reads
     this.slots = config.block_size + this.kept + 1;
     const layers = (width) => Array.from({ length: config.n_layer }, () => new Float32Array(this.slots * width));

@@ -19,6 +19,8 @@ class Measure {
     this.sheet.text.id = "measured-text";
     $("measure-text").addEventListener("input", () => this.check());
     onPress($("measure"), () => this.measure());
+    onSubmitKey("view-measure", () => this.measure());
+    if (desk.models.length > 1) $("measure-label").textContent = `Any text, measured by ${this.model.name}`;
     onPress($("measure-written"), () => {
       $("measure-text").value = desk.sheets[0].string();
       this.measure();
@@ -34,13 +36,13 @@ class Measure {
   async measure() {
     const { model, sheet } = this, ids = model.encode($("measure-text").value), turn = ++this.turn;
     this.check();
+    $("measured").hidden = true;
+    $("figures").replaceChildren();
     if (ids.length < 2) {
       $("measure-note").textContent = "Type or paste at least two characters.";
       return;
     }
     const cache = model.gpt.makeCache(), slices = new Slices(), context = model.config.block_size;
-    $("measured").hidden = true;
-    $("figures").replaceChildren();
     sheet.clear();
     sheet.append(ids[0]);
     for (let i = 0; i + 1 < ids.length; i++) {
@@ -73,6 +75,7 @@ class Measure {
         ` bits per character in ${whole(sheet.length)} characters. ${this.verdict(average)}`),
       barChart(rows), this.places(), this.byPosition());
     $("measured").hidden = false;
+    $("announcer").textContent = `${fixed(average)} bits per character.`;
     sheet.flush();
     sheet.shade("surprise", (i) => sheet.bits[i] / 8);
     sheet.text.scrollTop = 0;

@@ -28,6 +28,13 @@ function enable(button, enabled) {
   button.setAttribute("aria-disabled", String(!enabled));
 }
 
+// Call `action` on Ctrl Enter, or Command Enter, while the element `view` is shown.
+function onSubmitKey(view, action) {
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$(view).hidden) action();
+  });
+}
+
 // Call `action` when a button that can be used is pressed.
 function onPress(button, action) {
   button.addEventListener("click", (event) => {
@@ -168,7 +175,8 @@ function contextStart(index, promptLength, config, overflow) {
   const context = config.block_size;
   if (overflow === "roll") {
     // A character depends on no earlier one than this. Rounded, so that neighbours are read from the same start.
-    const reach = config.n_layer * ((config.attention_window || context) + config.mlp_conv - 1) + config.embd_conv;
+    const window = Math.min(config.attention_window || context, context);
+    const reach = config.n_layer * (window + config.mlp_conv - 1) + config.embd_conv;
     return Math.max(0, Math.floor((index - reach) / context) * context);
   }
   const first = Math.max(0, promptLength - context);

@@ -4,7 +4,7 @@
 // -------------------------------------------------------------------------------------------------------- training
 
 // Fill the view of the training; return whether there is anything to show.
-function showTraining({ history = [], samples = [] }) {
+function showTraining({ models, history = [], samples = [] }) {
   const rows = history.filter((row) => Number.isFinite(row.val_loss));
   if (!rows.length) return false;
   const last = rows.length - 1, heading = el("p", { class: "headline" });
@@ -29,7 +29,7 @@ function showTraining({ history = [], samples = [] }) {
   const play = el("button", { type: "button", onclick: () => playThrough(play, slider, move) }, "Play");
   $("view-training").replaceChildren(el("div", { class: "pages" },
     el("div", {},
-      el("h2", { class: "label" }, "How the model learned"), chart, lineKey(["training text", "validation text"]),
+      el("h2", { class: "label" }, `How ${models.length > 1 ? models[0].name : "the model"} learned`), chart, lineKey(["training text", "validation text"]),
       el("div", { class: "slider" }, play, el("label", { for: "evaluation", class: "hidden" }, "Evaluation"), slider)),
     el("div", {}, heading, samples.length ? el("h2", { class: "label" }, "What it wrote then") : "", sample)));
   move();
@@ -111,7 +111,7 @@ function comparison({ baselines, val_loss: loss }) {
 
 function keys() {
   const rows = {
-    "Ctrl Enter": "write", Tab: "move to the text, then to the panels", "← →": "previous or next character",
+    "Ctrl Enter": "write, or measure", Tab: "move to the text, then to the panels", "← →": "previous or next character",
     "↑ ↓": "the line above or below", "Home End": "start or end of the line; with Ctrl, of the text",
     Esc: "select nothing",
   };

@@ -92,6 +92,11 @@ class Settings {
   }
 
   changed() {
+    for (const [name, , hint] of FIELDS) {
+      const input = this.inputs[name], wrong = !input.checkValidity();
+      $(`hint-${name}`).textContent = wrong ? `${input.validationMessage} Used instead: ${this.defaults[name]}.` : hint;
+      input.setAttribute("aria-invalid", String(wrong));
+    }
     const now = this.values;
     for (const chip of $("presets").children) {
       const preset = { ...this.defaults, ...PRESETS[chip.textContent] };
@@ -153,9 +158,7 @@ class Desk {
       if (contentRect.width && contentRect.width !== width) this.fitPrompt();
       width = contentRect.width;
     }).observe(prompt);
-    document.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("view-write").hidden) this.write();
-    });
+    onSubmitKey("view-write", () => this.write());
     onPress($("stop"), () => this.stop());
     onPress($("continue"), () => this.continue());
     onPress($("undo"), () => this.undo());
@@ -302,7 +305,7 @@ class Desk {
     sheet.append(id, { bits: surprisal(logits, id), start, logits });
     sheet.drawn = writer.drawn;
     pen.remaining--;
-    for (const stop of writer.sampling.stop) {
+    for (const stop of writer.sampling.stop.map((text) => sheet.model.normalized(text))) {
       const length = Array.from(stop).length;
       if (sheet.length - pen.first < length || sheet.string(sheet.length - length) !== stop) continue;
       sheet.truncate(sheet.length - length);
@@ -325,6 +328,7 @@ class Desk {
     enable($("stop"), Boolean(this.running));
     enable($("continue"), some && !this.running);
     enable($("undo"), this.undone.length > 0);
+    if ($("download-text")) enable($("download-text"), some);
     document.body.classList.toggle("writing", Boolean(this.running));
   }
 

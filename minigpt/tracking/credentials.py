@@ -24,10 +24,10 @@ REMOTE = "dagshub"  # in DVC and git
 DEFAULT_HOST = "https://dagshub.com"
 
 
-def dagshub_page(repo: str) -> str:
-    """Return the address of ``user/repo`` on DagsHub."""
+def dagshub_page(repo: str, name: str = "DAGSHUB_REPO") -> str:
+    """Return the address of ``user/repo`` on DagsHub. The UserError for another value calls it ``name``."""
     if not re.fullmatch(r"(?a:\w[\w.-]*/[\w.-]*\w[\w.-]*)", repo):
-        raise UserError(f"DAGSHUB_REPO: expected user/repo, got {mask(repr(repo))}")
+        raise UserError(f"{name}: expected user/repo, got {mask(repr(repo))}")
     return f"{dagshub_host()}/{repo}"
 
 

@@ -305,6 +305,8 @@ def describe_error(error: Exception) -> str:
     for part, message in NETWORK_ERRORS.items():
         if part in text:
             return message
+    if found := re.search(r"\(\w+\.\w*Error\) ([^\n]+)", text):
+        text = found[1]  # the database's error, after SQLAlchemy's advice
     return mask(text.splitlines()[0])[:300]
 
 

@@ -344,10 +344,20 @@ def test_outputs_can_be_restored_after_a_bad_text(copy):
     set_params(copy, {"data": {"source": "data/mine.txt"}})
     ran = command("dvc", "repro", cwd=copy)
     assert ran.returncode != 0
-    assert "to restore the outputs of the last successful run, use `dvc checkout dvc.yaml`" in ran.stderr
+    assert "`dvc checkout --force dvc.yaml` restores the outputs of the last successful run" in ran.stderr
     set_params(copy, {"data": {"source": "data/songs.txt"}})
-    assert command("dvc", "checkout", "dvc.yaml", cwd=copy).returncode == 0
+    assert command("dvc", "checkout", "--force", "dvc.yaml", cwd=copy).returncode == 0
     assert stages_run(repro(copy)) == []
+
+
+def test_outputs_can_be_restored_after_a_training_that_diverged(copy):
+    trained = (copy / "results/train/history.csv").read_bytes()
+    set_params(copy, {"train": {"learning_rate": 1e9, "adam_learning_rate": 1e9}})
+    ran = command("dvc", "repro", cwd=copy)
+    assert "training diverged" in ran.stderr
+    fix = re.search("minigpt: `(dvc checkout .*)` restores", ran.stderr)[1]
+    assert command(*fix.split(), cwd=copy).returncode == 0
+    assert (copy / "results/train/history.csv").read_bytes() == trained
 
 
 MISTAKES = {

@@ -14,11 +14,11 @@ from helpers.workspace import ROOT, command, make_repository, params_with, pytho
 
 import stages
 from minigpt import cli, export
-from minigpt.cli import graphemes
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation.generator import Generator
 from minigpt.model import GPT
 from minigpt.params import SamplingParams, load
+from minigpt.terminal import graphemes
 
 ENVIRONMENT = os.environ | {"MINIGPT_CPU": "off", "OMP_NUM_THREADS": "1"}
 COMMANDS = [
@@ -93,6 +93,13 @@ def test_stop_can_be_given_several_times(write):
     stopped = write(*arguments, "--stop", "no such text", "--stop", text[20:23]).stdout
     end = text.index(text[20:23], 2)
     assert stopped.removesuffix("\n") == text[:end].removesuffix("\n")
+
+
+def test_stop_that_the_model_cannot_write_is_reported(write):
+    printed = write("ab", "--max-new-tokens", 5, "--stop", "aZ").stderr
+    assert printed == (
+        "minigpt: --stop 'aZ' ends no text, because the model cannot write 'Z' (U+005A LATIN CAPITAL LETTER Z)\n"
+    )
 
 
 def test_write_without_a_seed_differs_each_time(write):
@@ -307,6 +314,14 @@ def test_check_takes_a_profile_and_its_params_from_the_same_folder(minigpt, work
     file = workspace / "configs/classic-cpu.yaml"
     ran = minigpt("check", file, cwd=tmp_path / "elsewhere")
     assert ran.stderr == f"minigpt: {file}: train.max_iters: expected an integer, got 'oops'\n"
+
+
+@pytest.mark.parametrize("command", ["profile", "sync", "ui", "plots-page"])
+def test_command_outside_a_repository_is_refused_and_writes_nothing(minigpt, tmp_path, command):
+    ran = minigpt(command, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == "minigpt: .dvc: no such folder; run this from the root of the repository\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", [("--force",), ("--source", "data/songs.txt")])

@@ -61,10 +61,16 @@ def test_profiler_writes_its_report(tmp_path):
             f"minigpt: not enough memory: Unable to allocate 9 TiB; {LESS_MEMORY}\n",
         ),
         (
-            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            OSError(errno.ENOSPC, "No space left on device", "source", None, "copy"),
             1,
-            "minigpt: cannot write a/b: No space left on device\n",
+            "minigpt: cannot write copy: No space left on device; free some space, then run the same command\n",
         ),
+        (
+            OSError(errno.EACCES, "Permission denied", "a/b"),
+            1,
+            "minigpt: cannot read or write a/b: Permission denied; change its owner or its permissions\n",
+        ),
+        (OSError(errno.EISDIR, "Is a directory"), 1, "minigpt: cannot write: Is a directory\n"),
     ],
 )
 def test_expected_error_is_reported_in_one_line(report, error, code, line):
@@ -83,7 +89,7 @@ def test_failed_allocation_of_torch_is_reported_in_one_line(report):
 
 def test_user_error_under_dvc_explains_how_to_restore_the_outputs(report, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "train")
-    assert "`dvc checkout dvc.yaml`" in report(UserError("wrong"))[1]
+    assert "`dvc checkout --force dvc.yaml`" in report(UserError("wrong"))[1]
     monkeypatch.setenv("DVC_ROOT", "/the/main/workspace")  # of an experiment in a copy
     assert report(UserError("wrong"))[1] == "minigpt: wrong\n"
 

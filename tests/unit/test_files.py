@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -51,6 +52,18 @@ def test_one_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("replace"), replace(path, to)))
     files.write_atomically(tmp_path / "a.txt", b"text")
     assert events == [".tmp", "replace", tmp_path.suffix]
+
+
+def test_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"old")
+
+    def fail(_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomically(tmp_path / "a.txt", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.txt", b"old")]
 
 
 def test_remains_of_a_killed_process_are_removed_by_the_next_write(tmp_path):

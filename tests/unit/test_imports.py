@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "git": set(),
     "choices": set(),
     "params": {"choices", "errors", "files"},
-    "profiles": {"texts", "params", "errors"},
+    "profiles": {"texts", "data", *BASE},
     "texts": {"errors", "files"},
     "runtime": {"errors", "files"},
     "data": {"runtime", *BASE},
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "page": {"evaluation", "export", "quantize", *MODEL},
     "comparison": {"evaluation", "data", "page", "tracking", "git", *BASE},
     "summary": {"comparison", "evaluation", "tracking", "git", *BASE},
-    "cli": {"profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
+    "terminal": {"errors"},
+    "cli": {"terminal", "profiles", "summary", "comparison", "page", "training", "generation", *EVALUATION},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,9 +1,14 @@
 """Tests of parts of the summary. The pipeline's tests show it whole."""
 
+from pathlib import Path
+
 import pytest
+import yaml
+from helpers.workspace import make_repository, set_params
 
 from minigpt import summary
 from minigpt.files import write_csv
+from minigpt.params import load
 
 
 def rows(count, split="val"):
@@ -49,6 +54,36 @@ def test_verdict_compares_with_an_ngram_model_even_if_uniform_guessing_is_better
     evaluation = {"val": {"loss": 3.401}, "baselines": baselines} | versus
     verdict = " ".join(summary._verdict({"best_step": 5, "steps": 9}, evaluation).split())
     assert verdict == "verdict better than the best n-gram model (unigram: 3.4020) by 0.0010 nats"
+
+
+def test_short_text_gets_no_verdict():
+    baselines = {"uniform": 3.4, "2-gram": 2.5, "characters": 900}
+    evaluation = {"val": {"loss": 2.4, "characters": 999}, "baselines": baselines, "versus_ngram": {"difference": -0.1}}
+    verdict = " ".join(summary._verdict({"best_step": 5, "steps": 9}, evaluation).split())
+    assert verdict.startswith("verdict none: 999 characters of validation text are too few; ")
+
+
+def test_training_that_never_improved_is_explained():
+    evaluation = {"val": {"loss": 3.4}, "baselines": {"2-gram": 2.5}}
+    assert "a smaller train.learning_rate may help" in " ".join(
+        summary._verdict({"best_step": 0, "steps": 9}, evaluation).split()
+    )
+
+
+def test_changed_params_are_those_of_the_results(tmp_path, project_files, monkeypatch):
+    monkeypatch.chdir(make_repository(tmp_path / "work", project_files))
+    trained = yaml.safe_load(Path("params.yaml").read_text())
+    trained["train"]["seed"] = 7
+    lock = {"stages": {"train": {"params": {"params.yaml": trained}}}}
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    set_params(Path(), {"model": {"n_embd": 28}, "sample": {"seed": 3}})
+    assert summary._changed(load(), during_stage=False).splitlines() == [
+        "",
+        "  changed params    train.seed=7 (compared with the last commit)",
+        "  not run yet       n_embd=28 train.seed=1337 sample.seed=3 (in params.yaml);",
+        "                    `dvc repro` runs it",
+    ]
+    assert "not run yet       n_embd=28 train.seed=1337 (in" in summary._changed(load(), during_stage=True)
 
 
 def test_lines_do_not_end_within_a_command():

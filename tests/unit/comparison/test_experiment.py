@@ -47,6 +47,35 @@ def test_missing_and_damaged_results_are_reported(folder, tmp_path, monkeypatch)
         find("--all")
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("dvc.lock", "stages: [1]"),
+        ("dvc.lock", "stages: {train: 1, sample: {params: [a]}}"),
+        ("dvc.lock", "stages: {train: {outs: {a: b}, params: {params.yaml: text}}}"),
+        ("params.yaml", "[1]"),
+        ("results/evaluate/metrics.json", '{"val": [1]}'),
+        ("results/train/metrics.json", "[]"),
+    ],
+)
+def test_file_with_wrong_types_is_left_out_or_reported(folder, name, content):
+    (folder / name).write_text(content)
+    found = Experiment("first", Folder(folder))
+    assert isinstance(found.params, dict)
+    assert found.weights == ""
+    if name.startswith("results"):
+        with pytest.raises(UserError, match=f"^first: {name}: damaged; `dvc checkout --force dvc.yaml` restores it$"):
+            found.metrics(name.split("/")[1])
+    else:
+        assert found.val_loss > 0
+
+
+def test_folder_without_results_does_not_hide_an_experiment_of_its_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "run of first").mkdir()
+    assert find("run of first").run["name"] == "run of first"
+
+
 def test_run_is_found_by_its_name_and_by_the_start_of_its_key(folder, monkeypatch):
     monkeypatch.chdir(folder)
     key = find("workspace").run["run"]

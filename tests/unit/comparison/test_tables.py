@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from helpers.experiments import results_folder, two_losses
 
 from minigpt.comparison import tables
@@ -168,6 +169,17 @@ def test_seed_counts_once_and_another_text_is_another_group(tmp_path):
         chosen.append(Experiment(name, Folder(results_folder(tmp_path / name, losses, text=text, seed=seed))))
     groups = [[each.name for each in group] for group in tables.group_by_seed(chosen)]
     assert groups == [["now", "second"], ["other"]]
+
+
+def test_seeds_of_different_code_are_not_pooled(tmp_path):
+    chosen = []
+    for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
+        folder = results_folder(tmp_path / str(seed), two_losses()[0], seed=seed)
+        deps = [{"path": "minigpt/model.py", "md5": digest}]
+        (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"train": {"deps": deps}}}))
+        chosen.append(Experiment(str(seed), Folder(folder)))
+    assert [[each.name for each in group] for group in tables.group_by_seed(chosen)] == [["1", "2"], ["3"]]
+    assert "Rows with equal params are of different code" in tables.comparison(chosen, seeds=True)
 
 
 def test_seeds_of_single_trainings_name_the_missing_step(pair):

@@ -1,6 +1,7 @@
 """Tests of the checks before a training, through the stages and the command."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -33,6 +34,22 @@ def test_text_that_a_later_stage_cannot_use_is_rejected(tmp_path, kind):
     (tmp_path / "a.txt").write_text(text, newline="")
     with pytest.raises(UserError, match=message):
         check_text(params_with(data={"source": str(tmp_path / "a.txt")}))
+
+
+@pytest.mark.parametrize(
+    "section, path, message",
+    [
+        ({"data": {"source": "data"}}, "data.source: data", "name a file or folder in it"),
+        ({"data": {"source": "."}}, "data.source: .", "name a file or folder in it"),
+        ({"data": {"source": "results/sample/samples.txt"}}, "data.source: results/sample/samples.txt", "name a copy"),
+        ({"train": {"init_from": "models/gpt"}}, "train.init_from: models/gpt", "name a copy"),
+    ],
+)
+def test_output_of_a_stage_cannot_be_its_input(tmp_path, monkeypatch, section, path, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}: DVC deletes .* before a stage writes it; {message}$"):
+        check_text(params_with(**section))
+    check_text(params_with(data={"source": "data/mine"}, train={"init_from": "models/base"}))
 
 
 def test_check_says_why_it_did_not_read_the_text(tmp_path, monkeypatch):

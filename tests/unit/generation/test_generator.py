@@ -29,7 +29,7 @@ class PlainGenerator:
     @torch.no_grad()
     def generate(self, prompt, sampling, number=0):
         config, length = self.model.config, sampling.max_new_tokens
-        context, window = config.block_size, config.attention_window or config.block_size
+        context, window = config.block_size, min(config.attention_window or 16, config.block_size)
         ids = self.tokenizer.encode(prompt).tolist()
         model, seen = self.model, len(ids[-context:])
         if sampling.overflow == "roll":  # equals a model with a longer context and the same attention window
@@ -60,7 +60,9 @@ def params(**changes):
 
 CASES = [
     (model, overflow)
-    for model, overflow in itertools.product([LEARNED, {}, {"attention_window": 5}], ["reread", "slide", "roll"])
+    for model, overflow in itertools.product(
+        [LEARNED, {}, {"attention_window": 5}, {"attention_window": 40}], ["reread", "slide", "roll"]
+    )
     if (model, overflow) != (LEARNED, "roll")
 ]
 
@@ -135,6 +137,13 @@ def test_each_sample_ends_at_its_own_stop_string():
     for text, full in zip(cut, whole, strict=True):
         assert text == "ab" + full[2:].partition(stop)[0]
     assert len(cut[1]) <= 20
+
+
+def test_stop_string_is_normalized_as_the_text_is():
+    generator = Generator(build().eval(), Tokenizer("\nabcdefgh\u00e9j", "NFC"))
+    full = generator.generate("ab", params(max_new_tokens=200))[0]
+    assert "\u00e9" in full
+    assert generator.generate("ab", params(max_new_tokens=200, stop=["e\u0301"]))[0] == full.partition("\u00e9")[0]
 
 
 @MODES

@@ -109,6 +109,16 @@ def test_missing_and_damaged_results_are_left_out(workspace, name, content):
     assert built(workspace / "models" / "gpt", output=workspace / "page.html")["run"]["parameters"] > 0
 
 
+@pytest.mark.parametrize(
+    "content", ['{"val": {"loss": NaN}}', '{"val": [1], "baselines": 2}', '{"val": {"loss": "a"}}']
+)
+def test_values_that_are_no_numbers_are_left_out(workspace, content):
+    (workspace / "results/evaluate/metrics.json").write_text(content)
+    (workspace / "results/train/metrics.json").write_text('{"steps": Infinity, "val_loss": [1]}')
+    run = built(workspace / "models" / "gpt", output=workspace / "page.html")["run"]
+    assert not {"val_loss", "steps", "baselines"} & set(run)
+
+
 @pytest.mark.parametrize("name", ["train/history.csv", "train/samples.csv", "evaluate/positions.csv"])
 @pytest.mark.parametrize("content", [None, "a,b\n1,2\n"])
 def test_missing_and_damaged_tables_are_left_out(workspace, name, content):

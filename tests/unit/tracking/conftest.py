@@ -30,3 +30,10 @@ def here(tmp_path, monkeypatch, empty_store):
     for name in list(os.environ):  # the store sets variables for MLflow
         if name.startswith("MLFLOW_"):
             del os.environ[name]
+
+
+@pytest.fixture
+def repository(here):
+    """Return the workspace as the root of a repository, as commands require."""
+    (here / ".dvc").mkdir()
+    return here

@@ -146,7 +146,7 @@ def test_runs_after_a_bad_one_are_sent(here, capsys):
     assert find_run(uri, "a" * 32)[1].info.status == "FINISHED"
 
 
-def test_sync_reports_bad_runs_in_one_line_each(minigpt):
+def test_sync_reports_bad_runs_in_one_line_each(repository, minigpt):
     write_run("b" * 32, steps=3)
     folder = write_run("a" * 32, steps=3).folder
     (folder / "journal.jsonl").unlink()

@@ -100,29 +100,30 @@ def test_address_of_a_database_that_cannot_exist_is_reported():
     assert time.monotonic() - began < 5
 
 
-def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(minigpt, here):
+def test_sync_reports_a_store_that_cannot_be_opened_in_one_line(minigpt, repository):
     for key in ("a", "b"):
         write_run(key * 32, steps=3)
-    (here / "mlflow.db").mkdir()
+    (repository / "mlflow.db").mkdir()
     began = time.monotonic()
     ran = minigpt("sync")
     assert ran.returncode == 1
-    problem = f"{here}/mlflow.db: not a database but a folder or device; move it out of the way"
-    assert ran.stderr == f"minigpt: run aaaaaaaa and 1 more were not sent to sqlite:///{here}/mlflow.db: {problem}\n"
+    database = f"{repository}/mlflow.db"
+    problem = f"{database}: not a database but a folder or device; move it out of the way"
+    assert ran.stderr == f"minigpt: run aaaaaaaa and 1 more were not sent to sqlite:///{database}: {problem}\n"
     assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
-def test_store_is_complete_after_a_kill_during_its_creation(here):
+def test_store_is_complete_after_a_kill_during_its_creation(repository):
     write_run(KEY, steps=3)
     started = subprocess.Popen([sys.executable, "-m", "minigpt", "sync"], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (remains := list(here.glob(".mlflow.db-*.tmp*"))):
+    while not (remains := list(repository.glob(".mlflow.db-*.tmp*"))):
         assert started.poll() is None
         time.sleep(0.001)
     started.kill()
     started.wait()
     assert remains
-    assert not (here / "mlflow.db").exists() or not (here / "mlflow.db").stat().st_size
+    assert not (repository / "mlflow.db").exists() or not (repository / "mlflow.db").stat().st_size
     assert uploader.sync() == 1
     check_store(store.resolve_tracking_uri(), KEY)
-    assert not list(here.glob(".mlflow.db*"))
+    assert not list(repository.glob(".mlflow.db*"))

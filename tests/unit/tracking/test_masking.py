@@ -114,12 +114,12 @@ def echoing_server(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", SECRETS[:2])
-def test_command_prints_and_stores_no_secret_that_a_server_echoes(here, value):
+def test_command_prints_and_stores_no_secret_that_a_server_echoes(repository, value):
     write_run(steps=3)
     with echoing_server(value) as address:
         uri = f"http://user:{quote(value, safe='')}@{address}"
         code = "import sys; from minigpt.cli import run; sys.argv[1:] = ['sync']; run()"
-        synced = python("-c", code, cwd=here, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
+        synced = python("-c", code, cwd=repository, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
         crash = (
             "from minigpt import errors; from minigpt.tracking.run import Tracker\n"
             "import logging, os, warnings\n"
@@ -130,11 +130,11 @@ def test_command_prints_and_stores_no_secret_that_a_server_echoes(here, value):
             "    raise ValueError(f'no answer to {secret}')\n"
             "errors.run(main)"
         )
-        crashed = python("-c", crash, cwd=here, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
+        crashed = python("-c", crash, cwd=repository, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
     assert synced.returncode == crashed.returncode == 1
     assert "run aaaaaaaa was not sent to http://127.0.0.1" in synced.stderr
     assert "ValueError: no answer to $MLFLOW_TRACKING_PASSWORD" in crashed.stderr
-    files = [path.read_text(errors="replace") for path in here.rglob("*") if path.is_file()]
+    files = [path.read_text(errors="replace") for path in repository.rglob("*") if path.is_file()]
     for text in (synced.stdout, synced.stderr, crashed.stdout, crashed.stderr, *files):
         for encoded in encodings(value):
             assert encoded not in text

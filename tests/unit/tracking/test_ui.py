@@ -17,12 +17,12 @@ from helpers.workspace import ROOT, python
 from minigpt.tracking import uploader
 
 
-def test_taken_port_is_one_line_with_the_way_to_change_it(here):
+def test_taken_port_is_one_line_with_the_way_to_change_it(repository):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        ran = python("-m", "minigpt", "ui", "--port", str(port), cwd=here, PYTHONPATH=str(ROOT))
+        ran = python("-m", "minigpt", "ui", "--port", str(port), cwd=repository, PYTHONPATH=str(ROOT))
     assert ran.returncode == 1
     assert re.fullmatch(
         rf"minigpt: port {port} of 127.0.0.1 cannot be used \(.*\); .*--port {port + 1}.*\n", ran.stderr
@@ -30,12 +30,12 @@ def test_taken_port_is_one_line_with_the_way_to_change_it(here):
 
 
 @pytest.mark.slow
-def test_one_line_names_the_run_table_and_nothing_else_is_printed(here):
+def test_one_line_names_the_run_table_and_nothing_else_is_printed(repository):
     write_run(steps=2)
     uploader.sync()
     port = free_port()
     page = subprocess.Popen(
-        [sys.executable, "-m", "minigpt", "ui", "--port", str(port)], cwd=here, text=True, start_new_session=True,
+        [sys.executable, "-m", "minigpt", "ui", "--port", str(port)], cwd=repository, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     line = page.stdout.readline()
@@ -51,9 +51,9 @@ def test_one_line_names_the_run_table_and_nothing_else_is_printed(here):
 
 
 @pytest.mark.slow
-def test_runs_on_a_server_are_not_served_again(here, current_server, logged_in):
+def test_runs_on_a_server_are_not_served_again(repository, current_server, logged_in):
     ran = python(
-        "-m", "minigpt", "ui", cwd=here, PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=current_server,
+        "-m", "minigpt", "ui", cwd=repository, PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=current_server,
         MLFLOW_TRACKING_USERNAME=os.environ["MLFLOW_TRACKING_USERNAME"],
         MLFLOW_TRACKING_PASSWORD=os.environ["MLFLOW_TRACKING_PASSWORD"],
     )  # fmt: skip
