@@ -157,7 +157,7 @@ class Inspector {
     const { sheet, index } = this, c = sheet.character(index), bits = sheet.bits[index], logits = sheet.logits[index];
     const rank = logits && 1 + logits.reduce((count, z) => count + (z > logits[sheet.ids[index]]), 0);
     const odds = bits === null ? "not predicted" : `${fixed(bits)} bits, probability ${percent(2 ** -bits)}`;
-    const place = `character ${whole(index + 1)} of ${whole(sheet.length)}${rank ? `, number ${rank} of the candidates` : ""}`;
+    const place = `character ${whole(index + 1)} of ${whole(sheet.length)}${rank ? `, rank ${rank}` : ""}`;
     const several = this.desk.models.length > 1;
     $("inspector-title").textContent = several ? `The character of ${sheet.model.name}` : "The selected character";
     $("selected-glyph").textContent = glyph(c);
