@@ -208,7 +208,7 @@ class Desk {
   }
 
   startWriter(sheet, drawn = 0) {
-    const writer = new Writer(sheet.model.gpt, sheet.model.characters, this.settings.values);
+    const writer = new Writer(sheet.model.gpt, this.settings.values);
     writer.start(sheet.ids, drawn);
     sheet.drawn = drawn;
     return writer;

@@ -42,10 +42,8 @@ function argmax(logits) {
 
 // Choose a character: the quantile `uniform`, in [0, 1), of the distribution.
 function choose(logits, sampling, uniform) {
-  return sampling.temperature ? quantile(filterProbabilities(logits, sampling), uniform) : argmax(logits);
-}
-
-function quantile(probabilities, uniform) {
+  if (!sampling.temperature) return argmax(logits);
+  const probabilities = filterProbabilities(logits, sampling);
   const target = uniform * probabilities.reduce((a, b) => a + b);
   let sum = 0;
   const id = probabilities.findIndex((p) => (sum += p) > target);
@@ -70,11 +68,11 @@ function* uniforms(seed, sample = 0) {
 // A model that writes: the same text as `minigpt write` with the same seed and settings, for float32 weights.
 class Writer {
   // `sampling` has the fields of the section `sample` of params.yaml.
-  constructor(gpt, characters, sampling) {
+  constructor(gpt, sampling) {
     if (sampling.overflow === "roll" && gpt.config.positions === "learned") {
       throw new Error("overflow: roll needs rotary positions, but this model has learned ones; use reread");
     }
-    Object.assign(this, { gpt, characters: Array.from(characters), sampling, cache: gpt.makeCache() });
+    Object.assign(this, { gpt, sampling, cache: gpt.makeCache() });
   }
 
   // Begin after the characters `ids`, at least one. A text that continues has used `drawn` numbers of this seed.
@@ -88,7 +86,7 @@ class Writer {
     this.cache.clear();
   }
 
-  // Write a character, and return its id and text, the logits of the model, and the distribution of the draw.
+  // Write a character, and return its id and the logits of the model.
   next() {
     const { sampling, ids } = this, context = this.gpt.config.block_size;
     const logits = this.read();
@@ -96,19 +94,10 @@ class Writer {
     if (sampling.repetition_penalty !== 1) {
       adjusted = penalize(logits, ids.slice(-context), sampling.repetition_penalty);
     }
-    const uniform = this.uniforms.next().value;
+    const id = choose(adjusted, sampling, this.uniforms.next().value);
     this.drawn++;
-    let probabilities, id;
-    if (sampling.temperature) {
-      probabilities = filterProbabilities(adjusted, sampling);
-      id = quantile(probabilities, uniform);
-    } else {
-      id = argmax(adjusted);
-      probabilities = new Float64Array(logits.length);
-      probabilities[id] = 1;
-    }
     ids.push(id);
-    return { id, character: this.characters[id], logits, probabilities };
+    return { id, logits };
   }
 
   // Read the characters that are not in the cache, and return the logits of the next one.
@@ -130,38 +119,5 @@ class Writer {
     if (next >= ids.length - 1) return false;
     this.gpt.forward(ids[next], cache);
     return true;
-  }
-}
-
-// Cut a text, given character by character, before the first of the strings `stop`; hold back a possible start of one.
-class StopStrings {
-  constructor(stop) {
-    Object.assign(this, { stop, held: "", ended: false });
-  }
-
-  // Add a character and return the text that can be shown now.
-  add(character) {
-    if (this.ended) return "";
-    this.held += character;
-    for (const stop of this.stop) {
-      if (this.held.endsWith(stop)) {
-        this.ended = true;
-        return this.flush().slice(0, -stop.length);
-      }
-    }
-    let longest = 0;
-    for (const stop of this.stop) {
-      for (let n = 1; n < stop.length; n++) if (this.held.endsWith(stop.slice(0, n))) longest = Math.max(longest, n);
-    }
-    const shown = this.held.slice(0, this.held.length - longest);
-    this.held = this.held.slice(shown.length);
-    return shown;
-  }
-
-  // Return the text that was held back.
-  flush() {
-    const held = this.held;
-    this.held = "";
-    return held;
   }
 }

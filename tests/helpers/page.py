@@ -38,11 +38,9 @@ class Engine:
         """Return the text of the page after a prompt."""
         return self.run(
             """
-            const writer = new Writer(gpt, characters, sampling), stop = new StopStrings(sampling.stop);
+            const writer = new Writer(gpt, sampling);
             writer.start(Array.from(prompt, (character) => characters.indexOf(character)));
-            let text = "";
-            for (let i = 0; i < sampling.max_new_tokens && !stop.ended; i++) text += stop.add(writer.next().character);
-            return text + stop.flush();
+            return Array.from({ length: sampling.max_new_tokens }, () => characters[writer.next().id]).join("");
             """,
             characters=list(characters), prompt=prompt, sampling=sampling.model_dump(),
         )  # fmt: skip
