@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import ROOT
+from benchmarks.common import NANOGPT_LOSS, ROOT, SHAKESPEARE, resolve_text
 from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe_device
@@ -128,19 +128,17 @@ def main() -> None:
     parser.add_argument("measures", nargs="*", help="beginnings of: " + "; ".join(MEASURES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
-    parser.add_argument("--loss", type=float, help="default: 1.88 on a CPU, 1.4697 on a GPU")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE)
+    parser.add_argument("--loss", type=float, help=f"default: 1.88 on a CPU, {NANOGPT_LOSS} on a GPU")
     parser.add_argument("--megabytes", type=int, default=100, help="size of the text that is encoded")
     parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks", help="a folder")
     options = parser.parse_args()
-    options.loss = options.loss or (1.4697 if options.device.startswith("cuda") else 1.88)
+    options.loss = options.loss or (NANOGPT_LOSS if options.device.startswith("cuda") else 1.88)
     chosen = [name for name in MEASURES if not options.measures or name.startswith(tuple(options.measures))]
     if not chosen:
         parser.error(f"no measure begins with {' or '.join(options.measures)}; there are {'; '.join(MEASURES)}")
 
-    options.text = options.text.resolve()
-    if not options.text.is_file():
-        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+    resolve_text(parser, options)
 
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

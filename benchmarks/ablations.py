@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROOT, prepared, profile, trainer
+from benchmarks.common import ROOT, SHAKESPEARE, prepared, profile, resolve_text, trainer
 
 if TYPE_CHECKING:
     from minigpt.training.trainer import Trainer
@@ -139,14 +139,13 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", help="; ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="concurrent trainings, one thread each")
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE)
     parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.variants) - set(VARIANTS):
         parser.error(f"no variant {unknown.pop()!r}; there are: {'; '.join(VARIANTS)}")
-    if not options.text.is_file():
-        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+    resolve_text(parser, options)
     if options.one is not None:
         outcome = built(options.variants[0], options.one, options.text).run()
         print(json.dumps({key: outcome.metrics[key] for key in ("val_loss", "train_loss", "parameters")}))
@@ -154,7 +153,7 @@ def main() -> None:
 
     names, seeds = options.variants or list(VARIANTS), range(1, options.seeds + 1)
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {name: [pool.submit(measure, name, seed, options.text.resolve()) for seed in seeds] for name in names}
+        waiting = {name: [pool.submit(measure, name, seed, options.text) for seed in seeds] for name in names}
         results = {name: [one.result() for one in runs] for name, runs in waiting.items()}
     ours = mean(run["val_loss"] for run in results.get("the recipe", [{"val_loss": float("nan")}]))
     for name, runs in sorted(results.items(), key=lambda found: mean(run["val_loss"] for run in found[1])):

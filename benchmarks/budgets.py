@@ -22,7 +22,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
-from benchmarks.common import ROOT, SMALL, Timer, loss_curve, peer, prepared, profile, training
+from benchmarks.common import (
+    ROOT,
+    SHAKESPEARE,
+    SMALL,
+    Timer,
+    loss_curve,
+    peer,
+    prepared,
+    profile,
+    resolve_text,
+    training,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from minigpt.model import GPT
@@ -156,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="steps of each profile; default: its own number")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE)
     parser.add_argument("--held-out", choices=("end", "start"), default="end", help="the tenth of the text to hold out")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none without a name"
@@ -167,9 +178,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results") / "benchmarks", help="a folder")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.text.is_file():
-        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
-    options.text = options.text.resolve()
+    resolve_text(parser, options)
     if options.one is not None:
         (name,) = options.profiles
         who = next((key for key, peer_name in PEERS.items() if peer_name == name), None)

@@ -33,6 +33,19 @@ SETTLED = "threads and memory as minigpt has them"
 """Marks peers that run with this project's thread and memory settings (minigpt/runtime/cpu.py), not their defaults."""
 
 
+SHAKESPEARE = ROOT / "data" / "shakespeare.txt"
+
+NANOGPT_LOSS = 1.4697
+"""Validation loss of nanoGPT's model of 10.7 million parameters, by its README, in nats per character."""
+
+
+def resolve_text(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Make the path ``options.text`` absolute; end the program if there is no such file."""
+    if not options.text.is_file():
+        parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
+    options.text = options.text.resolve()
+
+
 class NotMeasuredError(Exception):
     """A contender cannot be measured on this machine."""
 

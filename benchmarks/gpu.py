@@ -25,7 +25,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROOT, Timer, matrix_rate, peer, prepared, profile, trainer, training
+from benchmarks.common import (
+    NANOGPT_LOSS,
+    ROOT,
+    SHAKESPEARE,
+    Timer,
+    matrix_rate,
+    peer,
+    prepared,
+    profile,
+    trainer,
+    training,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +176,7 @@ def peer_speed(options: argparse.Namespace) -> Figures:
 @measure("the published system, 5,000 steps", config="reference")
 @measure("the recipe, to its end", config="shakespeare-gpu")
 def losses(options: argparse.Namespace, config: str) -> Figures:
-    """Return the seconds of training, the best exact validation loss, and the seconds to 1.4697 (nanoGPT's)."""
+    """Return the seconds of training, the best exact validation loss, and the seconds to that of nanoGPT."""
     train = {"device": options.device} | ({"max_iters": 4, "eval_interval": 2} if is_small(options) else {})
     model: dict[str, Any] = dict(SMALL[0]) if is_small(options) else {}
     run = trainer(profile(config, model=model, train=train), prepared(options))
@@ -174,13 +185,13 @@ def losses(options: argparse.Namespace, config: str) -> Figures:
 
     def watch(step: int) -> None:
         evaluate(step)
-        if run.state.best_loss <= 1.4697:
+        if run.state.best_loss <= NANOGPT_LOSS:
             reached.append(run.clock.seconds)
 
     run.evaluate = watch  # type: ignore[method-assign]
     result = run.run()
     found = {key: result.metrics[key] for key in ("train_seconds", "val_loss", "best_step", "chars_per_second")}
-    return found | ({"seconds to 1.4697": reached[0]} if reached else {})
+    return found | ({f"seconds to {NANOGPT_LOSS}": reached[0]} if reached else {})
 
 
 @measure("writing 512 texts", samples=512)
@@ -213,7 +224,7 @@ def writing(options: argparse.Namespace, samples: int) -> Figures:
 
 
 def weights_after(options: argparse.Namespace, steps: int, **train: Any) -> tuple[Tensor, float]:
-    """Return all weights after some steps, and the seconds per step after the first."""
+    """Return all weights after some steps, an evaluation and a sample; and the seconds per step after the first."""
     import torch
 
     run = make_trainer(options, compile="never", **train)
@@ -222,6 +233,8 @@ def weights_after(options: argparse.Namespace, steps: int, **train: Any) -> tupl
     for step in range(1, steps):
         run.train_step(step)
     timer.pause()
+    run.evaluate(steps)
+    run.write_sample(steps)
     return torch.cat([p.detach().flatten().cpu() for p in run.model.parameters()]), timer.seconds / (steps - 1)
 
 
@@ -233,6 +246,28 @@ def determinism(options: argparse.Namespace) -> Figures:
         (first, seconds), (second, again) = (weights_after(options, 20, deterministic=deterministic) for _ in range(2))
         name = "deterministic" if deterministic else "default"
         found |= {f"{name}, equal": float(first.equal(second)), f"{name}, seconds per step": min(seconds, again)}
+    return found
+
+
+@measure("activation checkpointing")
+def activation_checkpointing(options: argparse.Namespace) -> Figures:
+    """Compare the weights of a training that computes activations again with those of one that keeps them."""
+    kept, seconds = weights_after(options, 5)
+    computed, slower = weights_after(options, 5, activation_checkpointing=True)
+    return {"largest difference": (kept - computed).abs().max().item(), "time compared with keeping": slower / seconds}
+
+
+@measure("number formats")
+def number_formats(options: argparse.Namespace) -> Figures:
+    """Return the validation loss after 20 steps in each format. In float16, the loss is scaled."""
+    from minigpt.evaluation.loss import score
+
+    found: Figures = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        run = make_trainer(options, compile="never", dtype=dtype)
+        for step in range(20):
+            run.train_step(step)
+        found[f"{dtype}, loss"] = score(run.model, run.corpus.val, max_chars=20_000).loss
     return found
 
 
@@ -305,10 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shakespeare = ROOT / "data/shakespeare.txt"
     parser.add_argument("measures", nargs="*", help="beginnings of: " + "; ".join(MEASURES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--text", type=Path, default=shakespeare if shakespeare.exists() else ROOT / "data/drama.txt")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE if SHAKESPEARE.exists() else ROOT / "data/drama.txt")
     parser.add_argument("--results", type=Path, default=Path("results/benchmarks"), help="a folder")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -7,7 +7,7 @@ python -m benchmarks.texts TARGET manual           Python's language reference, 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import sysconfig
 from pathlib import Path
 
@@ -64,8 +64,15 @@ def encode_by_dictionary(source: Path, folder: Path) -> None:
 WRITERS = {"source": write_source, "manual": write_manual}
 
 if __name__ == "__main__":
-    path, what = Path(sys.argv[1]), sys.argv[2]
-    if what in WRITERS:
-        WRITERS[what](path)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.texts", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("target", type=Path, help="the file")
+    parser.add_argument("what", help=f"{', '.join(WRITERS)}, or megabytes")
+    options = parser.parse_args()
+    if options.what in WRITERS:
+        WRITERS[options.what](options.target)
+    elif options.what.isdecimal():
+        write_mixed(options.target, int(options.what))
     else:
-        write_mixed(path, int(what))
+        parser.error(f"expected {', '.join(WRITERS)}, or a number of megabytes, got {options.what!r}")

@@ -24,7 +24,7 @@ class CacheSlice:
 
 
 @dataclass
-class Recent:
+class ConvState:
     """Vectors of the last characters, (B, taps - 1, C), which a causal convolution reads again."""
 
     vectors: Tensor
@@ -43,7 +43,7 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     current: CacheSlice
-    inputs: Recent
+    mlp_conv: ConvState
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of new characters, (B, H, T, S), and return those of all visible slots."""
@@ -62,8 +62,8 @@ class KVCache:
     """Keys and values of the last characters of B sequences of equal length, in order.
 
     When more than ``slots`` characters are read, those that no later one attends to are dropped. ``length`` counts the
-    characters since the last :meth:`clear`. ``inputs`` are the last ones of each feed-forward layer, (n_layer, B,
-    mlp_conv - 1, C). ``recent`` has all vectors that convolutions read again, which a forward pass overwrites.
+    characters since the last :meth:`clear`. ``mlp_inputs`` are the last ones of each feed-forward layer, (n_layer, B,
+    mlp_conv - 1, C). ``conv_tensors`` has all vectors that convolutions read again, which a forward pass overwrites.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class KVCache:
         self.current = CacheSlice(slice(0, 0), slice(0, 0), (0, slots), None)
         wide, C = torch.promote_types(dtype, torch.float32), config.n_embd
         embeddings = torch.zeros(batch_size, config.embd_conv - 1, C, dtype=wide, device=device)
-        self.inputs = torch.zeros(config.n_layer, batch_size, config.mlp_conv - 1, C, dtype=wide, device=device)
-        self.recent = (embeddings, self.inputs)
-        self.embeddings = Recent(embeddings)
+        self.mlp_inputs = torch.zeros(config.n_layer, batch_size, config.mlp_conv - 1, C, dtype=wide, device=device)
+        self.conv_tensors = (embeddings, self.mlp_inputs)
+        self.embedding_conv = ConvState(embeddings)
         self.layers = [
-            LayerCache(self.kv[n, 0], self.kv[n, 1], self.current, Recent(self.inputs[n]))
+            LayerCache(self.kv[n, 0], self.kv[n, 1], self.current, ConvState(self.mlp_inputs[n]))
             for n in range(config.n_layer)
         ]
         self._masks: dict[tuple[int, int], Tensor] = {}
@@ -88,7 +88,7 @@ class KVCache:
 
     def clear(self) -> None:
         """Forget all characters."""
-        for vectors in self.recent:
+        for vectors in self.conv_tensors:
             vectors.zero_()
         self.length = self.used = 0
 
@@ -111,7 +111,7 @@ class KVCache:
     def _mask(self, count: int, visible: int) -> Tensor:
         """Return the mask of the last ``count`` of ``visible`` characters; only the latest one is kept in memory."""
         if (count, visible) not in self._masks:
-            mask = causal_mask(visible, self.window)[visible - count :]
+            mask = causal_mask(visible, self.window, count)
             self._masks = {(count, visible): mask.to(self.device, self.dtype)}
         return self._masks[count, visible]
 

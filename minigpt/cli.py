@@ -14,8 +14,9 @@ import click
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from minigpt import __version__, errors, params, profiles
+from minigpt import __version__, errors, params, profiles, program
 from minigpt.files import require_root
+from minigpt.git import is_untracked
 from minigpt.terminal import from_argument, graphemes, read_prompt, show
 
 if TYPE_CHECKING:
@@ -204,6 +205,10 @@ def check(files: tuple[Path, ...]) -> None:
         profile = path.parent.name == profiles.DIRECTORY.name
         settings = profiles.load_profile(path.stem, path.parent.parent) if profile else params.load(path)
         unread = check_text(settings)
+        if is_untracked(settings.data.source):
+            print(
+                f"minigpt: {settings.data.source} is not in git or DVC, so experiments with --temp or --queue miss it"
+            )
         print(f"minigpt: {path}, with {settings.data.source}: no mistakes" + (f", but {unread}" if unread else ""))
 
 
@@ -357,4 +362,4 @@ def main() -> None:
 
 def run() -> None:
     """Run ``minigpt`` as a program."""
-    errors.run(main)
+    program.run(main)

@@ -16,6 +16,7 @@ from minigpt.errors import UserError
 from minigpt.files import atomic_directory, require_file, require_json, write_json
 from minigpt.model import GPT, weight_shapes
 from minigpt.params import Count, ModelParams, Section, validate
+from minigpt.runtime.distributed import to_local
 
 
 class ModelDescription(Section):
@@ -26,14 +27,22 @@ class ModelDescription(Section):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors. Tensors that share memory are written twice, as the format requires."""
+    """Write tensors as safetensors."""
+    path.write_bytes(save(unshared({name: value.detach().cpu().contiguous() for name, value in tensors.items()})))
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with a copy of each that shares memory with one before it, as safetensors requires.
+
+    A tied head shares that of the embedding. Of a sharded tensor, this process's shard counts.
+    """
     seen: set[int] = set()
-    plain = {}
+    result = {}
     for name, value in tensors.items():
-        here = value.detach().cpu().contiguous()
-        plain[name] = here.clone() if here.data_ptr() in seen else here
+        here = to_local(value)
+        result[name] = value.clone() if here.numel() and here.data_ptr() in seen else value
         seen.add(here.data_ptr())
-    path.write_bytes(save(plain))
+    return result
 
 
 def export(folder: Path, config: ModelParams, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
@@ -64,7 +73,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, T
     try:
         with safe_open(path, "pt") as file:
             _check_tensors(path, file, config, tokenizer.vocab_size)
-            weights = file.get_tensors()
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
     for name, value in weights.items():

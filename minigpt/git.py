@@ -12,3 +12,10 @@ def git(*arguments: str, folder: Path = Path()) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return ran.stdout.rstrip()
+
+
+def is_untracked(path: str) -> bool:
+    """Return whether a file or folder of a git repository exists, and neither git nor a .dvc file there knows it."""
+    inside = git("rev-parse", "--is-inside-work-tree") == "true" and Path(path).exists()
+    records = [f"{part}.dvc" for part in (Path(path), *Path(path).parents)]
+    return inside and not git("ls-files", "--", path, *records)

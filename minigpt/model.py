@@ -4,13 +4,14 @@ Shapes in comments: B sequences, T characters, C = n_embd, H heads of S = head_s
 
 The classic architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each sub-layer and at
 the end. The recipe adds, each behind a switch in params.yaml: rotary positions (Su et al. 2021), LayerNorm on queries
-and keys (Henry et al. 2020), squared ReLU (So et al. 2021), outputs that start at zero (as in Zhang et al. 2019), and
-short causal convolutions over the embeddings and over the input of each feed-forward layer (compare So et al. 2021, and
-layer "Canon C" of Allen-Zhu 2025).
+and keys (Dehghani et al. 2023), squared ReLU (So et al. 2021), outputs that start at zero (as in Zhang et al. 2019),
+and short causal convolutions over the embeddings and over the input of each feed-forward layer (compare So et al. 2021,
+and layer "Canon C" of Allen-Zhu 2025).
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt import ops
-from minigpt.cache import KVCache, LayerCache, Recent
+from minigpt.cache import ConvState, KVCache, LayerCache
 from minigpt.choices import ACTIVATIONS
 from minigpt.params import ModelParams
 
@@ -145,7 +146,7 @@ class Block(nn.Module):
         x = x + (self.dropout(y) if self.training else y)
         y = self.norm2(x)
         if self.has_conv:
-            y = convolve(y, self.conv, None if cache is None else cache.inputs)
+            y = convolve(y, self.conv, None if cache is None else cache.mlp_conv)
         y = self.feed_forward(y)
         return x + (self.dropout(y) if self.training else y)
 
@@ -194,10 +195,11 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights from torch's generator.
 
-        ``normal``: every matrix and embedding from N(0, 0.02²), biases 0, as in GPT-2. ``zero``: the maps that write to
-        the residual stream and the head start at 0, so at first each block passes its input on and all characters are
-        equally likely (a loss of ln V); the other matrices are uniform in ±0.7 sqrt(3 / fan_in); character embeddings
-        are N(0, 1) if a norm follows them.
+        ``normal``: every matrix and embedding from N(0, 0.02²), biases 0. (GPT-2 draws the maps that write to the
+        residual stream from smaller values.) ``zero``: those maps and the head start at 0, so at first each block
+        passes its input on and all characters are equally likely (a loss of ln V); the other matrices are uniform in
+        ±0.7 sqrt(3 / fan_in); character embeddings are N(0, 1) if a norm follows them, and N(0, 0.02²) if they are the
+        head too.
         """
         config = self.config
         zero = config.init == "zero"
@@ -259,7 +261,7 @@ class GPT(nn.Module):
         config = self.config
         x = self.embedding(ids)
         if config.embd_conv > 1:
-            x = convolve(x, self.conv, None if cache is None else cache.embeddings)
+            x = convolve(x, self.conv, None if cache is None else cache.embedding_conv)
         if config.positions == "learned":
             x = x + self.position.weight[positions]
         x = self.embd_norm(x)
@@ -317,7 +319,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def convolve(x: Tensor, weights: Tensor, recent: Recent | None) -> Tensor:
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off in the block, and then as they were."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def convolve(x: Tensor, weights: Tensor, recent: ConvState | None) -> Tensor:
     """Add to each position of x, (B, T, C), its weighted predecessors, which may be in a cache: ``recent``."""
     if recent is None:
         return ops.causal_convolution(x, weights)

@@ -172,19 +172,26 @@ def attention_mask(like: Tensor, length: int, window: int, n_head: int) -> Tenso
         window below T, the mask of ``_local_attention``.
     """
     if 0 < window < length:
-        copies = 1 if like.is_cuda else like.size(0) * n_head  # baddbmm does not broadcast
+        copies = 1 if like.is_cuda else like.size(0) * n_head  # baddbmm has heads and chunks in one dimension
         return _local_mask(window, length, like).repeat(copies, 1, 1)
     if like.is_cuda or length > LONGEST_BY_PRODUCTS:
         return None
     return causal_mask(length).to(like)
 
 
-def causal_mask(length: int, window: int = 0) -> Tensor:
-    """Return 0 where a position may attend (itself and before, the last ``window``; 0: all), else -inf, (T, T)."""
-    visible = torch.ones(length, length).tril()
-    if window:
-        visible = visible.triu(1 - window)
-    return torch.zeros(length, length).masked_fill_(visible == 0, -math.inf)
+def causal_mask(length: int, window: int = 0, rows: int = 0) -> Tensor:
+    """Return 0 where a position may attend (itself and before, the last ``window``; 0: all), else -inf, (T, T).
+
+    With ``rows``, only as many rows, the last ones.
+    """
+    query, key = torch.arange(length - (rows or length), length)[:, None], torch.arange(length)
+    hidden = is_hidden(query, key, window or length)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+
+
+def is_hidden(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Return whether a query may not attend to a key, given their positions: it is later, or too early."""
+    return (key > query) | (key <= query - window)
 
 
 def _local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, window: int, dropout: float) -> Tensor:
@@ -199,7 +206,7 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, window: i
         q, k, v = (F.pad(t, (0, 0, 0, missing)) for t in (q, k, v))
     q, k, v = (t.reshape(B * H, chunks, W, S) for t in (q, k, v))
     k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), 2) for t in (k, v))  # (B H, chunks, 2 W, S)
-    if mask.size(0) == chunks:
+    if mask.size(0) == chunks:  # the same for all heads
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     else:
         y = _attention_by_products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, dropout)
@@ -210,7 +217,7 @@ def _local_mask(window: int, length: int, like: Tensor) -> Tensor:
     """Return 0 for the keys, of its own and the previous chunk, that a query may attend to, (chunks, W, 2 W)."""
     query = torch.arange(window, 2 * window, device=like.device)[:, None]
     key = torch.arange(2 * window, device=like.device)
-    hidden = (key > query) | (key <= query - window)
+    hidden = is_hidden(query, key, window)
     first = hidden | (key < window)  # nothing precedes the first chunk
     chunks = torch.stack([first] + [hidden] * (-(-length // window) - 1))
     return torch.zeros_like(chunks, dtype=like.dtype).masked_fill_(chunks, -math.inf)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt import params
-from minigpt.comparison.experiment import Experiment, Folder
+from minigpt.comparison.experiment import NOT_FROM_LOCK, Experiment, Folder
 from minigpt.comparison.tables import changes, committed_params, shorten
 from minigpt.errors import UserError
 from minigpt.evaluation.paired import MIN_CHARACTERS, Estimate
@@ -47,6 +47,7 @@ def summarize(model: Path, results: Path, next_steps: bool = True) -> str:
 
 def _summary(model: Path, results: Path, next_steps: bool) -> str:
     settings = params.load()
+    used = Experiment("workspace", Folder(Path())) if next_steps else None
     train, evaluation, sample = (
         require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
     )
@@ -59,10 +60,10 @@ def _summary(model: Path, results: Path, next_steps: bool) -> str:
     local = uri == local_store_uri()
     minutes, seconds = divmod(round(train["train_seconds"]), 60)
     return f"""
-{_source(results / "train" / "run.json", settings.data.source)}\
+{_source(results / "train" / "run.json", used, settings.data.source)}\
   {train["parameters"]:,} parameters, {train["steps"]:,} steps in {minutes} min {seconds:02} s
 
-{_verdict(train, evaluation)}{_changed(settings, during_stage=not next_steps)}
+{_verdict(train, evaluation)}{_changed(settings, used)}
 {_loss("test loss", evaluation["test"]) if "test" in evaluation else ""}{_loss("validation loss", val)}\
                     before training: {untrained:.4f} nats
 {_by_file(results / "evaluate" / "files.csv")}\
@@ -82,13 +83,20 @@ def _summary(model: Path, results: Path, next_steps: bool) -> str:
 {_run_ids(results / "train" / "run.json", uri)}"""
 
 
-def _source(record: Path, current: str) -> str:
-    """Return the text of the run that a file run.json names; and that params.yaml names another, if it does."""
+def _source(record: Path, used: Experiment | None, current: str) -> str:
+    """Return the text of the run that a file run.json names; and a line if the results are of another text or params.
+
+    ``used`` is the experiment with these results in ``dvc.lock``, None during a stage.
+    """
     source = current
     with suppress(UserError):  # copied results may have no such file
         source = require_json(record, "a run").get("source", current)
-    warning = f"  not {current}, the text in params.yaml: `dvc checkout dvc.yaml` or `dvc repro` brings its results\n"
-    return f"  {source}\n{warning if source != current else ''}"
+    warning = ""
+    if source != current:
+        warning = f"not {current}, the text in params.yaml: `dvc checkout dvc.yaml` or `dvc repro` brings its results"
+    elif used and not used.is_from_lock:
+        warning = NOT_FROM_LOCK
+    return f"  {source}\n" + (textwrap.indent(textwrap.fill(warning, 78), "  ") + "\n" if warning else "")
 
 
 def _loss(label: str, metrics: dict[str, Any]) -> str:
@@ -178,19 +186,20 @@ def _verdict(train: dict[str, Any], evaluation: dict[str, Any]) -> str:
     return _labelled("verdict", "; ".join(sentences))
 
 
-def _changed(settings: params.Params, during_stage: bool) -> str:
+def _changed(settings: params.Params, used: Experiment | None) -> str:
     """Return the params of the results that differ from those in git, and those of params.yaml that are newer.
 
-    During the stage sample, ``dvc.lock`` still has the params of the sample before.
+    During a stage, without ``used``, the results are those of ``settings``.
     """
-    current, used = params.flatten(settings), Experiment("workspace", Folder(Path())).params
-    if during_stage:
-        used |= params.flatten(settings.sample, "sample.")
+    if used and not used.is_from_lock:
+        return ""
+    current = params.flatten(settings)
+    results = used.params if used else current
     committed = committed_params(os.environ.get("DVC_EXP_BASELINE_REV") or "HEAD")
     lines = ""
-    if changed := changes(committed, used) if committed else "":
+    if changed := changes(committed, results) if committed else "":
         lines += "\n" + _labelled("changed params", f"{changed} (compared with the last commit)")
-    if newer := changes(used, current):
+    if newer := changes(results, current):
         lines += "\n" + _labelled("not run yet", f"{newer} (in params.yaml); `dvc repro` runs it")
     return lines
 

@@ -11,29 +11,37 @@ import http.client
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
-from minigpt import errors
+from minigpt import errors, program
 from minigpt.files import write_atomically
 
 TIMEOUT = 30  # seconds without data after which a download counts as failed
+DVC = (sys.executable, "-m", "dvc")
 
 
 def fetch(text: Path) -> None:
     """Write a text that is missing, and its .dvc file, if ``<text>.yaml`` or ``<text>.dvc`` names its digest.
 
     Its first source is DVC's cache or remote, the second the address in ``meta.url`` of that file. Raise UserError if
-    neither has the text with that digest.
+    neither has the text with that digest. A text that was saved by hand gets the .dvc file of its digest.
     """
     description, record = Path(f"{text}.yaml"), Path(f"{text}.dvc")
-    if text.exists() or not (description.is_file() or record.is_file()):
+    created = description.is_file() and not record.is_file()
+    if text.exists() and not (created and _has_digest(text, description)):
         return
-    if created := not record.is_file():
+    if not (created or record.is_file()):
+        return
+    if created:
         write_atomically(record, description.read_bytes())
     try:
-        _fetch(text, record)
+        if not text.exists():
+            _fetch(text, record)
+        # Into DVC's cache: `dvc push` uploads it, and queued experiments find it. Without DVC, the text is usable, too.
+        subprocess.run([*DVC, "commit", "--quiet", "--force", str(record)], check=False, capture_output=True)
     except BaseException:
         if created:
             record.unlink()
@@ -42,15 +50,27 @@ def fetch(text: Path) -> None:
         subprocess.run(["git", "add", "--", str(record)], check=False, capture_output=True)
 
 
-def _fetch(text: Path, record: Path) -> None:
-    """Write the text that the .dvc file ``record`` describes, or raise UserError if no source has it."""
+def _has_digest(text: Path, description: Path) -> bool:
+    """Return whether a text is a file with the digest in a description; not if the file is no description."""
+    with suppress(errors.UserError):
+        return text.is_file() and _described(description)[0] == _digest(text.read_bytes())
+    return False
+
+
+def _described(record: Path) -> tuple[str, str]:
+    """Return the digest and the address in a .dvc file or a description."""
     try:
         tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
-        digest, url = tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
+        return tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        text = record.with_suffix("")
         raise errors.UserError(f"{record}: not a file of `dvc add`; {_ways_out(text)}") from None
-    dvc = [sys.executable, "-m", "dvc"]
-    pulled = subprocess.run([*dvc, "pull", "--quiet", str(record)], check=False, capture_output=True)
+
+
+def _fetch(text: Path, record: Path) -> None:
+    """Write the text that the .dvc file ``record`` describes, or raise UserError if no source has it."""
+    digest, url = _described(record)
+    pulled = subprocess.run([*DVC, "pull", "--quiet", str(record)], check=False, capture_output=True)
     if pulled.returncode == 0 and (text.is_dir() or (text.is_file() and _digest(text.read_bytes()) == digest)):
         return
     try:
@@ -63,8 +83,6 @@ def _fetch(text: Path, record: Path) -> None:
         reason = f"DVC's remote does not have it, and {url} has another text (MD5 {_digest(data)}, expected {digest})"
         raise errors.UserError(f"{text}: {reason}; {_ways_out(text)}")
     write_atomically(text, data)
-    # Into DVC's cache: `dvc push` uploads it, and queued experiments find it. Without DVC, the text is still usable.
-    subprocess.run([*dvc, "commit", "--quiet", "--force", str(record)], check=False, capture_output=True)
 
 
 def _ways_out(text: Path) -> str:
@@ -89,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

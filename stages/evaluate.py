@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt import errors, params
+from minigpt import errors, params, program
 from minigpt.files import atomic_directory, check_replaceable, require_json, write_csv, write_json
 from minigpt.runtime import cpu
 from minigpt.tracking.sender import start_sender
@@ -145,8 +146,8 @@ def score_text(
     metrics["standard_error"] = estimate.standard_error
     if scored.count < SHORT or estimate.margin > UNCERTAIN * scored.loss:
         print(
-            f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats "
-            f"(95 % interval); more than {scored.count:,} characters would be more certain"
+            f"minigpt: {name}: on other text of this kind, the loss may differ by {estimate.margin:.2g} nats\n"
+            f"  (95 % interval); more than {scored.count:,} characters would be more certain"
         )
     return metrics, losses
 
@@ -227,7 +228,8 @@ def score_baselines(model: NGrams, corpus: Corpus, losses: CharacterLosses) -> t
             recorder.extend(values)
 
     baselines = ngrams.score_ngrams(model, val, record)
-    print("minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items()) + " nats")
+    line = "minigpt: " + ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items()) + " nats"
+    print(textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False))
     names = list(baselines)[1:]  # without uniform guessing
     best = min(names, key=lambda name: baselines[name])
     versus = {"name": best, "loss": baselines[best], "difference": paired.loss(losses).value - baselines[best]}
@@ -288,4 +290,4 @@ def track(
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

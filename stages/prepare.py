@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from minigpt import errors, params
+from minigpt import params, program
 from minigpt.data.checks import check_corpus
 from minigpt.data.encode import encode_corpus
 from minigpt.files import atomic_directory
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from minigpt import errors, params
+from minigpt import errors, params, program
 from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
 from minigpt.tracking.sender import start_sender
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt import errors, params
+from minigpt import errors, params, program
 from minigpt.files import atomic_directory, check_replaceable, workspace, write_csv, write_json
 from minigpt.runtime import cpu, launcher
 from minigpt.tracking.sender import start_sender
@@ -86,7 +86,7 @@ def begin(tracker: Tracker, trainer: Trainer, settings: params.Params) -> None:
     if settings.train.init_from:
         tracker.journal.tags({"init_from": weights_digest(Path(settings.train.init_from))})
     run = f"run {tracker.journal.key[:8]} goes to {tracker.display_uri}"
-    print(f"minigpt: {trainer.describe()}; {run}")
+    print(f"minigpt: {trainer.describe()}\nminigpt: {run}")
 
 
 def write_results(result: TrainResult, tracker: Tracker, source: str) -> None:
@@ -143,4 +143,4 @@ def package(target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -12,7 +12,7 @@ import torch
 from helpers.servers import MLFLOW_2_7_1, TOKEN, environment, mlflow_server
 from helpers.workspace import ROOT, make_workspace
 
-from minigpt import cli, errors
+from minigpt import cli, program
 
 torch.set_num_threads(1)  # for tensors this small, more threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background, and its children, ignore it
@@ -57,7 +57,7 @@ def minigpt(monkeypatch, capsys):
                 patch.chdir(cwd)
             status = 0
             try:
-                errors.report(cli.main)
+                program.report(cli.main)
             except SystemExit as stop:
                 status = stop.code or 0
         printed = capsys.readouterr()

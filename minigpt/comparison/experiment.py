@@ -7,6 +7,7 @@ remote. Results are those of the params in ``dvc.lock``: ``params.yaml`` may hav
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -28,6 +29,8 @@ from minigpt.tracking.store import resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
 RESULTS = PurePosixPath("results")
+RUN = RESULTS / "train" / "run.json"
+NOT_FROM_LOCK = "its results are not those of dvc.lock; `dvc checkout dvc.yaml` or `dvc repro` brings those"
 Row = dict[str, Any]
 
 MAX_COMMITS = 10
@@ -112,18 +115,24 @@ class Experiment:
     @cached_property
     def code(self) -> dict[str, str]:
         """Digests of the files and folders of code that made the model, by path."""
-        deps = self._digests("deps")
+        deps = self._digests("train", "deps")
         return {path: digest for path, digest in deps.items() if path.startswith(("minigpt/", "stages/"))}
 
     @property
     def weights(self) -> str:
         """Digest of the exported model, or an empty text. Models with equal digests are bitwise equal."""
-        return self._digests("outs").get("models/gpt", "")
+        return self._digests("train", "outs").get("models/gpt", "")
 
-    def _digests(self, kind: str) -> dict[str, str]:
-        """Return the digests of the inputs (``deps``) or outputs (``outs``) of the training, by path."""
-        train = _mapping(_mapping(self._yaml("dvc.lock").get("stages")).get("train"))
-        listed = train.get(kind)
+    @cached_property
+    def is_from_lock(self) -> bool:
+        """Whether the results are those of ``dvc.lock``; in a workspace, git may have changed that file since."""
+        recorded = self._digests("evaluate", "deps").get(str(RUN))
+        content = self.files.read(RUN)
+        return not recorded or content is None or hashlib.md5(content, usedforsecurity=False).hexdigest() == recorded
+
+    def _digests(self, stage: str, kind: str) -> dict[str, str]:
+        """Return the digests of the inputs (``deps``) or outputs (``outs``) of a stage, by path."""
+        listed = _mapping(_mapping(self._yaml("dvc.lock").get("stages")).get(stage)).get(kind)
         entries = map(_mapping, listed if isinstance(listed, list) else ())
         return {str(entry.get("path")): str(entry.get("md5")) for entry in entries}
 
@@ -142,7 +151,7 @@ class Experiment:
     @cached_property
     def run(self) -> dict[str, Any]:
         """Key, name and date of the MLflow run, as far as they are known."""
-        return self._json(RESULTS / "train" / "run.json")
+        return self._json(RUN)
 
     @property
     def run_id(self) -> str:

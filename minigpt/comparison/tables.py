@@ -1,27 +1,35 @@
-"""Tables of experiments for a terminal of 100 columns."""
+"""Tables of experiments for a terminal."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minigpt import params
-from minigpt.comparison.experiment import Experiment, Folder, Revision, committed, experiments
+from minigpt.comparison.experiment import NOT_FROM_LOCK, Experiment, Folder, Revision, committed, experiments
 from minigpt.errors import UserError
 from minigpt.evaluation import paired
 from minigpt.evaluation.paired import Estimate
 from minigpt.git import git
 
-WIDTH = 100
+Row = TypeVar("Row")
+
+COLUMNS = 60, 100, 120
+"""Columns of a table: at least, without a terminal, and at most."""
+
 NARROWEST = 20
-"""Columns of the last column of a table, at least, even if the table is then too wide."""
+"""Columns of the last column of a table, at least. With less room, it has lines of its own."""
+
+INDENT = 4
+"""Columns before the last column of a table if it has lines of its own."""
 
 MAX_PAIRS = 10
 """Pairs that are compared with each other; of more, only those with the best experiment."""
@@ -30,39 +38,49 @@ STUDENT_BY_DEGREES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2
 """Standard errors on either side in a 95 % interval, for 1, 2, ... degrees of freedom; the last for more, too."""
 
 SEED = "train.seed"
+BEST = "best"
 MEANING = "After ±: standard error of the loss or of the difference, for text like the validation split."
 ABOUT_MODELS = "Verdicts are about these trained models; --seeds shows how much the seed alone changes a loss."
-OTHER_TEXT = "other text"
+LUCK = '"=" before a difference: its 95 % interval includes 0, so it may be luck.'
+OTHER_TEXT = "Below an empty line: another text. Losses on different texts cannot be compared."
 
 
 def overview(seeds: bool = False) -> str:
     """Return a table of the experiments of this workspace, the lowest validation loss first."""
     rows, without = _known()
+    workspace = Experiment("workspace", Folder(Path()))
+    if not rows and not workspace.is_from_lock:
+        raise UserError(f"workspace: {NOT_FROM_LOCK}")
     if not rows:
         raise UserError("no experiment has results yet; `dvc repro` or `dvc exp run` makes one")
     reference = committed_params("HEAD") or rows[0].params
     if seeds:
         return seed_table(group_by_seed(rows), reference)
-    rows.sort(key=lambda each: each.val_loss if each.val_loss is not None else math.inf)
-    here = _identity(Experiment("workspace", Folder(Path())))
+    rows = _by_text(rows, _text, lambda each: each.val_loss if each.val_loss is not None else math.inf)
+    here = _identity(workspace) if workspace.is_from_lock else None
     tested = any("test" in each.metrics("evaluate") for each in rows)
     names = ["experiment", "test loss", "loss", "to the best", "parameters", "time", "changed params"]
     table = [names if tested else [names[0], *names[2:]]]
+    best = rows[0]
     for each in rows:
-        lowest = next(row for row in rows if _text(row) == _text(each))
+        if _text(each) != _text(best):
+            table.append([])
+        if each is rows[0] or _text(each) != _text(best):
+            best = each
         mark = "*" if _identity(each) == here and each.name != "workspace" else ""
         train = each.metrics("train")
         table.append([
             each.name + mark, *([_loss(each, "test")] if tested else []), _loss(each),
-            "" if each is rows[0] else _to_best(rows[0] if each is lowest else lowest, each),
-            _count(train.get("parameters")), duration(train.get("train_seconds")),
-            changes(reference, each.params),
+            BEST if each is best else _to_best(best, each),
+            _count(train.get("parameters")), duration(train.get("train_seconds")), changes(reference, each.params),
         ])  # fmt: skip
-    notes = [MEANING, '"=" before a difference: its 95 % interval includes 0, so it may be luck.', ABOUT_MODELS]
-    if any(OTHER_TEXT in row for row in table):
-        notes.append(f"{OTHER_TEXT}: the best on a text with which the losses above cannot be compared.")
-    if any(row[0].endswith("*") for row in table):
+    notes = [MEANING, *([LUCK] if any(cell.startswith("= ") for row in table for cell in row) else []), ABOUT_MODELS]
+    if [] in table:
+        notes.append(OTHER_TEXT)
+    if any(row and row[0].endswith("*") for row in table):
         notes.append("* has the results in the workspace.")
+    if not workspace.is_from_lock:
+        notes.append(f"Not listed: the workspace; {NOT_FROM_LOCK}.")
     if without:
         notes.append(f"Without results here: {', '.join(without)}. `dvc exp pull` or `dvc pull` may bring them.")
     if tested:
@@ -83,7 +101,7 @@ def _known() -> tuple[list[Experiment], list[str]]:
         named.insert(0, Experiment(branch, Revision(commit)))
     found: dict[Any, Experiment] = {}
     for each in named:
-        if each.val_loss is None:
+        if each.val_loss is None or not each.is_from_lock:
             continue
         first = found.setdefault(_identity(each), each)
         if first is not each and each.name != "workspace":
@@ -118,12 +136,14 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
         return seed_table(group_by_seed(chosen), chosen[0].params)
     results, keys = result_rows(chosen)
     lines = _in_parts([["", *(each.name for each in chosen)], *results, *([[]] if keys else []), *keys])
-    return "\n".join([*lines, "", *map(_fill, verdicts(chosen)), "", MEANING, ABOUT_MODELS])
+    return "\n".join([*lines, "", *map(_fill, verdicts(chosen)), "", *map(_fill, (MEANING, ABOUT_MODELS))])
 
 
 def require_losses(chosen: Sequence[Experiment]) -> None:
-    """Raise a UserError if an experiment has no validation loss."""
+    """Raise a UserError if an experiment has no validation loss, or one of other params than those known."""
     for each in chosen:
+        if not each.is_from_lock:
+            raise UserError(f"{each.name}: {NOT_FROM_LOCK}")
         if each.val_loss is None:
             raise UserError(f"{each.name}: no validation loss; `dvc repro evaluate` or `dvc pull` brings its results")
 
@@ -222,26 +242,37 @@ def _text_and_params(experiment: Experiment) -> tuple[str, Any]:
     return _text(experiment), tuple(sorted((name, str(value)) for name, value in params if name != SEED))
 
 
+def _by_text(rows: Sequence[Row], text: Callable[[Row], str], loss: Callable[[Row], float]) -> list[Row]:
+    """Return rows with those of one text together, the lowest loss first."""
+    lowest: dict[str, float] = {}
+    for row in sorted(rows, key=loss):
+        lowest.setdefault(text(row), loss(row))
+    return sorted(rows, key=lambda row: (lowest[text(row)], text(row), loss(row)))
+
+
 def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:
     """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first."""
-    losses = [[each.val_loss for each in group if each.val_loss is not None] for group in groups]
-    ordered = sorted(zip(losses, groups, strict=True), key=lambda pair: statistics.mean(pair[0]))
+    pairs = [([each.val_loss for each in group if each.val_loss is not None], group) for group in groups]
+    pairs = _by_text(pairs, lambda pair: _text(pair[1][0]), lambda pair: statistics.mean(pair[0]))
     table = [["experiments", "mean loss", "seeds", "to the best", "changed params"]]
-    for found, group in ordered:
+    best = pairs[0]
+    for pair in pairs:
+        found, group = pair
+        if _text(group[0]) != _text(best[1][0]):
+            best = pair
+            table.append([])
         spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
         setting, others = (
             {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
         )
         name = group[0].name if len(group) == 1 else f"{group[0].name.split(', ')[0]} and {len(group) - 1} more"
-        lowest, best = next(pair for pair in ordered if _text(pair[1][0]) == _text(group[0]))
-        difference = "" if group is best else mean_difference(lowest, found)
-        if group is best and _other_text(ordered[0][1][0], group[0]):
-            difference = OTHER_TEXT
+        difference = BEST if pair is best else mean_difference(best[0], found)
         mean = f"{statistics.mean(found):.4f}{spread}"
         table.append([name, mean, str(len(group)), difference, changes(others, setting)])
     notes = [
         "After ± of a loss: standard deviation over the seeds. After ± of a difference: its standard error.",
-        '"=" before a difference: it may be the luck of the seeds.',
+        '"=" before a difference: it may be the luck of the seeds. "one seed": too few for a difference; take three.',
+        *([OTHER_TEXT] if [] in table else []),
     ]
     if len({_text_and_params(group[0]) for group in groups}) < len(groups):
         notes.append("Rows with equal params are of different code; `minigpt compare A B` lists the files.")
@@ -268,20 +299,15 @@ def mean_difference(first: Sequence[float], second: Sequence[float]) -> str:
 
 
 def _to_best(best: Experiment, other: Experiment) -> str:
-    """Return the paired difference of two losses, OTHER_TEXT, or nothing if it cannot be computed."""
-    if _other_text(best, other):
-        return OTHER_TEXT
+    """Return the paired difference of two losses on one text, or nothing if it cannot be computed."""
     with suppress(UserError):
         estimate = paired.difference(best.losses, other.losses)
+        if estimate == Estimate(0, 0):
+            return "same losses"
         if math.isfinite(estimate.standard_error):
             sign = "" if estimate.significant else "= "
             return f"{sign}{estimate.value:+.4f} ± {estimate.standard_error:.4f}"
     return ""
-
-
-def _other_text(first: Experiment, second: Experiment) -> bool:
-    """Return whether two experiments are known to have different validation texts."""
-    return bool(_text(first) and _text(second) and _text(first) != _text(second))
 
 
 def _text(experiment: Experiment) -> str:
@@ -321,44 +347,54 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
 
 
-def align(table: list[list[str]], left: tuple[int, ...], width: int = WIDTH) -> list[str]:
-    """Return the rows of a table as lines of at most ``width`` columns.
+def columns() -> int:
+    """Return the width of a table: that of the terminal, within COLUMNS."""
+    least, default, most = COLUMNS
+    return max(least, min(most, shutil.get_terminal_size((default, 24)).columns))
 
-    The columns in ``left`` are aligned on the left. The last column is wrapped if ``left`` has it, else shortened.
+
+def align(table: list[list[str]], left: tuple[int, ...]) -> list[str]:
+    """Return the rows of a table as lines.
+
+    The columns in ``left`` are aligned on the left. The last column is wrapped if ``left`` has it, below the others if
+    there is no room beside them, and else shortened.
     """
-    sizes = [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
+    width, sizes = columns(), [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
     used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
-    sizes[-1] = min(sizes[-1], max(NARROWEST, width - used))
-    wrap = len(sizes) - 1 in left
+    wrap, beside = len(sizes) - 1 in left, width - used >= min(NARROWEST, sizes[-1])
+    sizes[-1] = max(NARROWEST, width - used) if beside or not wrap else width - INDENT
     lines = []
     for row in table:
         *cells, last = row or [""]
-        first, *others = (textwrap.wrap(last, sizes[-1]) or [""]) if wrap else [shorten(last, sizes[-1])]
+        parts = textwrap.wrap(last, sizes[-1], break_long_words=False, break_on_hyphens=False)
+        first, *others = (parts or [""]) if wrap else [shorten(last, sizes[-1])]
+        if wrap and not beside:
+            first, others = "", [first, *others] if last else []
         aligned = [
             cell.ljust(size) if column in left else cell.rjust(size)
             for column, (cell, size) in enumerate(zip([*cells, first], sizes, strict=False))
         ]
         lines.append("  ".join(aligned).rstrip())
-        lines += [" " * used + other for other in others]
+        lines += [" " * (used if beside else INDENT) + other for other in others]
     return lines
 
 
 def _fill(sentence: str) -> str:
-    return textwrap.fill(sentence, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(sentence, columns(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _in_parts(table: list[list[str]]) -> list[str]:
     """Return a table with one column per experiment, in several parts below each other if it is too wide."""
-    names, *columns = (list(column) for column in itertools.zip_longest(*table, fillvalue=""))
-    columns = [[shorten(cell, WIDTH // 3) for cell in column] for column in columns]
+    names, *rest = (list(column) for column in itertools.zip_longest(*table, fillvalue=""))
+    rest = [[shorten(cell, columns() // 3) for cell in column] for column in rest]
     size, lines = max(map(len, names)) + 2, list[str]()
-    while columns:
+    while rest:
         part, used = list[list[str]](), size
-        while columns and (not part or used + max(map(len, columns[0])) <= WIDTH):
-            used += max(map(len, columns[0])) + 2
-            part.append(columns.pop(0))
+        while rest and (not part or used + max(map(len, rest[0])) <= columns()):
+            used += max(map(len, rest[0])) + 2
+            part.append(rest.pop(0))
         rows = [list(row) for row in zip(names, *part, strict=True)]
-        lines += [*align(rows, left=(0,)), *([""] if columns else [])]
+        lines += [*align(rows, left=(0,)), *([""] if rest else [])]
     return lines
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from minigpt.data.dataset import EvalBatch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
+from minigpt.evaluation.loss import Score, window_sums
 from minigpt.files import write_csv
 
 BINS = 15
@@ -35,7 +36,7 @@ class Breakdown:
         self.tokenizer = tokenizer
         self._positions = torch.zeros(2, block_size, dtype=torch.float64, device=device)  # nats, characters
         self._lengths = _bin_lengths(block_size).to(device)  # (T, bins), 1 for the bin of each position
-        # Sums over windows: nats, characters, and their products, from which the standard errors follow.
+        # Sums of window_sums for each bin, from which the standard errors follow.
         self._windows = torch.zeros(6, self._lengths.size(1), dtype=torch.float64, device=device)
         self._characters = torch.zeros(2, tokenizer.vocab_size, dtype=torch.float64, device=device)  # nats, characters
         self._bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # probabilities, correct, characters
@@ -69,9 +70,7 @@ class Breakdown:
 
     def _add_lengths(self, nats: Tensor, counts: Tensor) -> None:
         """Add windows, given the nats of each in the bins of context lengths, (B, bins), and the characters, (bins)."""
-        counts = counts.expand_as(nats)
-        windows = (counts > 0).double()
-        self._windows += torch.stack((nats, counts, nats * nats, nats * counts, counts * counts, windows)).sum(1)
+        self._windows += window_sums(nats, counts.expand_as(nats))
 
     def _merge(self) -> None:
         """Store each pair once, with its count."""
@@ -106,16 +105,13 @@ class Breakdown:
         """
         rows = []
         for number, sums in enumerate(self._windows.T.tolist()):
-            nats, count, squared, mixed, count_squared, windows = sums
-            if windows < 2:
+            score = Score(sums, int(sums[1]))
+            if score.windows < 2:
                 continue
-            loss = nats / count
-            squares = max(0.0, squared - 2 * loss * mixed + loss * loss * count_squared)
             inside = self._lengths[:, number].nonzero().flatten() + 1
             first, last = int(inside[0]), int(inside[-1])
-            error = math.sqrt(windows / (windows - 1) * squares) / count
-            row = {"first": first, "last": last, "position": math.sqrt(first * last), "loss": loss}
-            rows.append({**row, "standard_error": error, "count": int(count)})
+            row = {"first": first, "last": last, "position": math.sqrt(first * last), "loss": score.loss}
+            rows.append({**row, "standard_error": score.standard_error, "count": score.count})
         return rows
 
     def characters(self) -> list[Row]:

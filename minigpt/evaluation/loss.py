@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,26 +10,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.data.dataset import EvalBatch, Split
-from minigpt.model import GPT
+from minigpt.model import GPT, evaluation_mode
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 MAX_EXPONENT = math.log(sys.float_info.max)
 """Largest exponent of e whose power is a finite number."""
 
 
+def window_sums(nats: Tensor, counts: Tensor) -> Tensor:
+    """Return sums over windows from which the error of a loss follows, for :class:`Score`.
+
+    Args:
+        nats: sum of -ln p in each window, float64 (windows, ...).
+        counts: characters of each window, of the same shape.
+
+    Returns:
+        the sums of n, c, n², n c, c² and of 1 for each window that has characters, (6, ...).
+    """
+    return torch.stack((nats, counts, nats * nats, nats * counts, counts * counts, (counts > 0).double())).sum(1)
+
+
 @dataclass(frozen=True)
 class Score:
-    """Sums from which the loss and its errors follow.
+    """A loss and its errors, from the sums of :func:`window_sums`. The split has ``total`` characters to score."""
 
-    ``nats`` is the sum of -ln p over the ``count`` scored characters, which are in ``windows`` windows. The split has
-    ``total`` characters to score. ``squares`` is the sum over the windows of (nats - loss * characters)^2.
-    """
-
-    nats: float
-    count: int
+    sums: Sequence[float]
     total: int
-    windows: int
-    squares: float
+
+    @property
+    def nats(self) -> float:
+        """Sum of -ln p over the scored characters."""
+        return self.sums[0]
+
+    @property
+    def count(self) -> int:
+        """Scored characters."""
+        return int(self.sums[1])
+
+    @property
+    def windows(self) -> int:
+        """Windows that have a scored character."""
+        return int(self.sums[5])
 
     @property
     def loss(self) -> float:
@@ -56,7 +77,10 @@ class Score:
         """
         if self.windows < 2:
             return math.nan
-        return math.sqrt(self.windows / (self.windows - 1) * self.squares) / self.count
+        _, _, nats_squared, mixed, count_squared, windows = self.sums
+        # The sum of (n - loss c)² over the windows, expanded; rounding could leave a small negative number.
+        squares = max(0.0, nats_squared - 2 * self.loss * mixed + self.loss**2 * count_squared)
+        return math.sqrt(windows / (windows - 1) * squares) / self.count
 
     @property
     def sampling_error(self) -> float:
@@ -86,29 +110,21 @@ def score(
 
     Windows of block_size start every ``stride`` characters; None: they do not overlap. The processes of ``group`` share
     the work, and each returns the same result. ``callback`` is called for each batch of this process with the windows,
-    the logits (B, T, V) and the nats (B, T). The mode of the model, training or evaluation, is restored afterwards.
+    the logits (B, T, V) and the nats (B, T).
     """
-    training = model.training
-    model.eval()
     block_size = model.config.block_size
     totals = torch.zeros(6, dtype=torch.float64, device=split.device)
     batches = split.eval_batches(block_size, stride or block_size, max_chars, (group.rank, group.world_size))
-    for batch in group.pad_to_longest(batches):
-        if batch is None:  # a sharded model gathers its weights in forward, so every rank has to call it
-            model(torch.zeros(1, 1, dtype=torch.int64, device=totals.device))
-            continue
-        logits = model(batch.ids)
-        nats = cross_entropy(logits, batch.targets, reduction="none").view(batch.targets.shape)
-        sums = nats[:, batch.already_scored :].double().sum(1)
-        lengths = torch.full_like(sums, nats.size(1) - batch.already_scored)
-        products = (sums, lengths, sums * sums, sums * lengths, lengths * lengths, torch.ones_like(sums))
-        totals += torch.stack(products).sum(1)
-        if callback:
-            callback(batch, logits, nats)
+    with evaluation_mode(model):
+        for batch in group.pad_to_longest(batches):
+            if batch is None:  # a sharded model gathers its weights in forward, so every rank has to call it
+                model(torch.zeros(1, 1, dtype=torch.int64, device=totals.device))
+                continue
+            logits = model(batch.ids)
+            nats = cross_entropy(logits, batch.targets, reduction="none").view(batch.targets.shape)
+            sums = nats[:, batch.already_scored :].double().sum(1)
+            totals += window_sums(sums, torch.full_like(sums, nats.size(1) - batch.already_scored))
+            if callback:
+                callback(batch, logits, nats)
     group.all_reduce_sum(totals)
-    model.train(training)
-    nats_sum, count, nats_squared, mixed, count_squared, windows = totals.tolist()
-    loss = nats_sum / count
-    # Expands the square of Score.squares; rounding could leave a small negative number.
-    squares = max(0.0, nats_squared - 2 * loss * mixed + loss * loss * count_squared)
-    return Score(nats_sum, int(count), len(split) - 1, int(windows), squares)
+    return Score(totals.tolist(), len(split) - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minigpt.cache import CacheSlice, KVCache
 from minigpt.model import GPT
+from minigpt.ops import is_hidden
 
 STEPS_BEFORE_CAPTURE = 16
 """Characters read one at a time before the graph is captured, which takes as long as a few dozen of them."""
@@ -56,7 +57,7 @@ class GraphCache(KVCache):
         if not self._from_tensors:
             return super().reserve(count)
         current = self.current
-        hidden = (self.columns > self.slot) | (self.columns <= self.slot - self.window)
+        hidden = is_hidden(self.slot, self.columns, self.window)
         current.mask = torch.zeros_like(self.columns, dtype=self.dtype).masked_fill(hidden, -torch.inf)[None]
         current.positions, current.slots, current.visible = self.position, self.slot, (0, self.slots)
         return current
@@ -100,7 +101,7 @@ class GraphedGPT:
     def _capture(self, cache: GraphCache) -> torch.cuda.CUDAGraph:
         """Return a graph of the forward pass that writes to ``cache.logits``."""
         GraphedGPT.stream = stream = GraphedGPT.stream or torch.cuda.Stream()
-        kept = [vectors.clone() for vectors in cache.recent]  # all that a forward pass overwrites
+        kept = [vectors.clone() for vectors in cache.conv_tensors]  # all that a forward pass overwrites
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # the first calls of libraries set up state, which must not be captured
@@ -109,6 +110,6 @@ class GraphedGPT:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             cache.logits = self.model(cache.next_ids, cache)
-        for vectors, before in zip(cache.recent, kept, strict=True):
+        for vectors, before in zip(cache.conv_tensors, kept, strict=True):
             vectors.copy_(before)
         return graph

@@ -182,7 +182,7 @@ class NativeGPT:
         cos, sin = self._angles(cache.length, T)
         logits = torch.empty(B, count, self.vocab_size, dtype=self.dtype)
         call = _Call(
-            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), cache.inputs.data_ptr(), logits.data_ptr(), B, T,
+            cache.ids.data_ptr(), cos, sin, cache.kv.data_ptr(), cache.mlp_inputs.data_ptr(), logits.data_ptr(), B, T,
             cache.ids.size(1), cache.slots, cache.used, cache.length, count,
         )  # fmt: skip
         self.function(byref(self.model), byref(call))

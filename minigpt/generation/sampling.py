@@ -74,7 +74,9 @@ def draw_uniforms(seed: int, samples: int, length: int) -> Iterator[NDArray[np.f
 
 
 class StopStrings:
-    """A text as it is written, cut before the first of its stop strings; a possible start of one is held back.
+    """A text as it is written, cut before the stop string that ends first; a possible start of one is held back.
+
+    Of several that end with the same character, the longest counts.
 
     Each stop string is matched in constant time per character, on average (Knuth, Morris and Pratt 1977).
     """
@@ -94,11 +96,11 @@ class StopStrings:
             return ""
         self._held.append(character)
         for number, (stop, borders) in enumerate(zip(self.stop, self._borders, strict=True)):
-            matched = _extend(stop, borders, self._matched[number], character)
-            self._matched[number] = matched
-            if matched == len(stop):
-                self.ended = True
-                return self.flush()[: -len(stop)]
+            self._matched[number] = _extend(stop, borders, self._matched[number], character)
+        complete = [len(stop) for stop, matched in zip(self.stop, self._matched, strict=True) if matched == len(stop)]
+        if complete:
+            self.ended = True
+            return self.flush()[: -max(complete)]
         return "".join(self._held.popleft() for _ in range(len(self._held) - max(self._matched)))
 
     def flush(self) -> str:

@@ -76,7 +76,7 @@ def build_page(
         described.append(describe_model(page_model) | tensors | {"weights": f"weights{number}"})
     first = models[0]
     facts = {"version": VERSION, "models": described, "run": described[0]["run"]}
-    facts |= describe_sampling(sampling or _sampling_of(first.root))
+    facts |= describe_sampling(sampling or _sampling_of(first.root), [each.tokenizer for each in models])
     if first.root:
         facts |= describe_training(first.root / "results")
         facts |= describe_corpus(corpus or _corpus_of(first.root), first.tokenizer)
@@ -99,15 +99,16 @@ def describe_model(page_model: PageModel) -> Facts:
     }
 
 
-def describe_sampling(sampling: SampleParams | None) -> Facts:
-    """Return the settings that the page starts with, and the prompts."""
+def describe_sampling(sampling: SampleParams | None, tokenizers: Sequence[Tokenizer]) -> Facts:
+    """Return the settings that the page starts with, and the prompts of characters that all models know."""
     values = (sampling or SamplingParams()).model_dump(exclude={"num_samples", "dtype", "compile"})
     prompts = values.pop("prompts", ["\n"])
     if values["seed"] > MAX_EXACT:
         values["seed"] = str(values["seed"])
     if values["overflow"] == "slide":  # in a browser, it takes seconds for each character
         values["overflow"] = "reread"
-    return {"sampling": values, "prompts": prompts}
+    known = [prompt for prompt in prompts if not any(each.without_unknown(prompt)[1] for each in tokenizers)]
+    return {"sampling": values, "prompts": known}
 
 
 def describe_training(results: Path) -> Facts:

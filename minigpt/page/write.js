@@ -168,8 +168,8 @@ class Desk {
 
   // The prompt. A model needs at least one character to continue: an empty one is a new line, or a space.
   get prompt() {
-    const first = this.models[0];
-    return $("prompt").value || ["\n", " "].find((c) => first.ids.has(c)) || first.characters[0];
+    const candidates = ["\n", " ", ...this.models[0].characters];
+    return $("prompt").value || candidates.find((c) => this.models.every(({ ids }) => ids.has(c))) || "\n";
   }
 
   // Make the prompt as high as its text.
@@ -183,7 +183,10 @@ class Desk {
   checkPrompt() {
     const prompt = $("prompt");
     this.fitPrompt();
-    const notes = this.models.map((model) => describeUnknown(model.normalized(this.prompt), model.ids));
+    const notes = this.models.map((model) => {
+      const note = describeUnknown(model.normalized(this.prompt), model.ids);
+      return note && this.models.length > 1 ? `${model.name}: ${note}` : note;
+    });
     const note = notes.find(Boolean) ?? "";
     if ($("prompt-note").textContent !== note) $("prompt-note").textContent = note;
     prompt.setAttribute("aria-invalid", String(Boolean(note)));
@@ -305,7 +308,8 @@ class Desk {
     sheet.append(id, { bits: surprisal(logits, id), start, logits });
     sheet.drawn = writer.drawn;
     pen.remaining--;
-    for (const stop of writer.sampling.stop.map((text) => sheet.model.normalized(text))) {
+    const stops = writer.sampling.stop.map((stop) => sheet.model.normalized(stop));
+    for (const stop of stops.sort((a, b) => b.length - a.length)) { // of several that end here, the longest counts
       const length = Array.from(stop).length;
       if (sheet.length - pen.first < length || sheet.string(sheet.length - length) !== stop) continue;
       sheet.truncate(sheet.length - length);

@@ -159,12 +159,14 @@ def bind_threads(spin: bool = False) -> None:
 
 
 def unbind_threads() -> None:
-    """Let this thread run on all of the process's cores again, because importing torch binds it to one core.
+    """Let this thread and the processes that it starts run on all cores; importing torch binds it to one.
 
-    GPU kernels are compiled by one process per available core.
+    GPU kernels are compiled by one process per available core, each of which imports torch.
     """
     if _unbound_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, _unbound_cores)
+        for name in ("OMP_PROC_BIND", "OMP_PLACES"):  # OpenMP has read them in this process
+            os.environ.pop(name, None)
 
 
 def retain_memory() -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minigpt.errors import UserError
-from minigpt.export import write_tensors
+from minigpt.export import unshared, write_tensors
 from minigpt.files import (
     atomic_directory,
     read_json,
@@ -37,6 +37,7 @@ from minigpt.files import (
     write_json,
 )
 from minigpt.params import Params
+from minigpt.runtime.cpu import queue_worker
 from minigpt.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from minigpt.training.initial import weights_digest
 
@@ -104,7 +105,10 @@ class Checkpoints:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from running this training; raise UserError if one does. Its death frees the lock."""
+        """Keep other processes from running this training. The death of this one frees the lock.
+
+        If another process runs it, a worker of DVC's queue waits; otherwise raise UserError.
+        """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         paths = self.folder.with_suffix(".lock"), self.folder.with_suffix(".pid")
         for path in paths:
@@ -114,10 +118,13 @@ class Checkpoints:
             lock.acquire(blocking=False)
         except Timeout:
             pid = holder.read_text(errors="replace").strip() if holder.is_file() else ""
-            name, way_out = (
-                (f"process {pid}", f", or stop it with `kill {pid}`") if pid.isdecimal() else ("a process", "")
-            )
-            raise UserError(f"{name} is already running this training; wait for it{way_out}") from None
+            known = pid.isdecimal()
+            name, way_out = (f"process {pid}", f", or stop it with `kill {pid}`") if known else ("a process", "")
+            if queue_worker()[1] == 1:
+                raise UserError(f"{name} is already running this training; wait for it{way_out}") from None
+            # Of two experiments in a queue, params of later stages may be the only difference.
+            print(f"minigpt: waiting for {name}, which runs the same training", flush=True)
+            lock.acquire(poll_interval=1)
         try:
             holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield
@@ -157,7 +164,7 @@ class Checkpoints:
                 from torch.distributed.checkpoint.state_dict_saver import save
 
                 writer = HuggingFaceStorageWriter(str(group.broadcast_object(folder)), save_distributed=True)
-                save(checkpoint.tensors, storage_writer=writer)
+                save(unshared(checkpoint.tensors), storage_writer=writer)
             else:
                 write_tensors(folder / "state.safetensors", checkpoint.tensors)
             if not group.is_main:

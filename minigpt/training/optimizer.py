@@ -25,9 +25,9 @@ def learning_rate(step: int, train: TrainParams) -> float:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return nearly orthogonal matrices near ``matrices`` (..., rows, columns), by Newton-Schulz iteration.
+    """Return nearly orthogonal matrices near ``matrices`` (batch, rows, columns), by Newton-Schulz iteration.
 
-    Five ``steps`` bring every singular value into about [0.7, 1.2].
+    Five ``steps`` bring most singular values into about [0.7, 1.2]. Those far below the largest stay smaller.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # a quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")
     tall = matrices.size(-2) > matrices.size(-1)

@@ -1,13 +1,12 @@
 """Samples during a training: the text that the model writes at some steps, always from the same prompt and draws."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from minigpt.generation.sampling import draw_uniforms, sample
-from minigpt.model import GPT
+from minigpt.model import GPT, evaluation_mode
 from minigpt.params import SamplingParams
 
 SAMPLING = SamplingParams()
@@ -15,8 +14,6 @@ SAMPLING = SamplingParams()
 
 WIDTH = 75
 """Characters of a line that are printed."""
-
-Row = dict[str, Any]
 
 
 @torch.no_grad()
@@ -27,19 +24,18 @@ def write_sample(model: GPT, prompt: Sequence[int], length: int, seed: int) -> l
     the last half is read again.
     """
     device, context = model.embedding.weight.device, model.config.block_size
-    uniforms = torch.from_numpy(np.concatenate([*draw_uniforms(seed, 1, length)], 1)).to(device)
+    # Drawn on the CPU: sums in the order of the characters (cumsum) have no deterministic kernel on some GPUs.
+    uniforms = torch.from_numpy(np.concatenate([*draw_uniforms(seed, 1, length)], 1))
     text = torch.empty(1, len(prompt) + length, dtype=torch.int64, device=device)
     text[0, : len(prompt)] = torch.tensor(prompt)
     cache, first = model.make_cache(1), max(0, len(prompt) - context)
-    training = model.training
-    model.eval()
-    for number, end in enumerate(range(len(prompt), len(prompt) + length)):
-        if end - first > context:
-            first = end - max(1, context // 2)
-            cache.clear()
-        logits = model(text[:, first + cache.length : end], cache, 1)[:, -1]
-        text[:, end] = sample(logits, SAMPLING, uniforms[:, number])
-    model.train(training)
+    with evaluation_mode(model):
+        for number, end in enumerate(range(len(prompt), len(prompt) + length)):
+            if end - first > context:
+                first = end - max(1, context // 2)
+                cache.clear()
+            logits = model(text[:, first + cache.length : end], cache, 1)[:, -1]
+            text[:, end] = sample(logits.cpu(), SAMPLING, uniforms[:, number])
     return text[0, len(prompt) :].tolist()
 
 

@@ -159,14 +159,14 @@ class Trainer:
         return TrainResult(weights, state.history, state.batches, state.samples, self._metrics())
 
     def describe(self) -> str:
-        """Return one line on the model, the device and the length of the training."""
+        """Return a line on the model and its device, and one on the length of the training."""
         train, device = self.train, self.group.device
         cuda = device.type == "cuda"
         threads = torch.get_num_threads()
         name = torch.cuda.get_device_name(device) if cuda else f"CPU, {threads} thread{'s' if threads != 1 else ''}"
         dtype = str(self.model.compute_dtype or torch.float32).removeprefix("torch.")
         return (
-            f"{self.model.num_parameters():,} parameters in {dtype} on {name}; "
+            f"{self.model.num_parameters():,} parameters in {dtype} on {name};\n  "
             f"{train.max_iters:,} steps of {train.batch_size} x {self.block_size} characters"
             + (", compiled" if self.compiled else "")
             + (f", in {self.group.world_size} processes" if self.group.world_size > 1 else "")
@@ -248,7 +248,7 @@ class Trainer:
                 "step": step,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
-                "learning_rate": train.learning_rate * learning_rate(step, train),
+                "learning_rate": train.learning_rate * learning_rate(max(0, step - 1), train),  # of the last step
                 "grad_norm": state.grad_norm,
             }
         )

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.workspace import FULL
-from minigpt import errors
+from minigpt import program
 
 CASES = 500 if FULL else 150
 """Values of a strategy, at least."""
@@ -221,7 +221,7 @@ def run_program(main, folder):
     code, out, err = 0, io.StringIO(), io.StringIO()
     with guarded(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            errors.report(main)
+            program.report(main)
         except SystemExit as end:
             code = end.code or 0
     message = err.getvalue()

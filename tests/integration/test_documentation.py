@@ -9,6 +9,8 @@ import pytest
 import yaml
 from helpers.workspace import ROOT, SMALL, command, make_repository, overlay
 
+from minigpt import __version__
+
 SOURCES = sorted(path for folder in ("minigpt", "stages") for path in (ROOT / folder).rglob("*.py"))
 INTERNAL = {"journal.py"}
 """Files with errors that only a caller in Python can cause."""
@@ -58,6 +60,11 @@ def test_architecture_lists_every_module():
     tree = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Files")[2]
     listed = set(re.findall(r"(\w+)\.py\b", tree))
     assert {path.stem for path in SOURCES if not path.stem.startswith("__")} <= listed
+
+
+def test_citation_and_changelog_have_the_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"\n## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))[1] == __version__
 
 
 def test_readme_fits_on_one_page():

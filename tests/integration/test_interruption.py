@@ -64,7 +64,7 @@ def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
     folder = prepare(tmp_path / "work", project_files, {"train": {"max_iters": 3, "eval_interval": 3}})
     code = (
         "import os, signal, sys\n"
-        "from minigpt import errors\n"
+        "from minigpt import program\n"
         "from minigpt.training.trainer import Trainer\n"
         "from stages import train\n"
         "evaluate = Trainer.evaluate\n"
@@ -72,7 +72,7 @@ def test_signal_in_the_last_evaluation_stops_the_stage(tmp_path, project_files):
         "    evaluate(self, step)\n"
         "    if step == 3: os.kill(os.getpid(), signal.SIGINT)\n"
         "Trainer.evaluate = interrupt\n"
-        "errors.run(train.main)"
+        "program.run(train.main)"
     )
     process = start(sys.executable, "-c", code, cwd=folder)
     printed, _ = process.communicate(timeout=120)

@@ -16,7 +16,7 @@ TWO_PROCESSES = {"train": LONG["train"] | {"processes": 2, "grad_accum": 2, "dty
 SINGLE_PROCESS = {"train": TWO_PROCESSES["train"] | {"processes": 1}}
 BROKEN_STAGE = """
 import sys
-from minigpt import errors
+from minigpt import errors, program
 from minigpt.runtime import distributed, launcher
 
 def main():
@@ -30,7 +30,7 @@ def main():
             group.all_reduce_sum(__import__("torch").ones(1))
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)
 """
 
 

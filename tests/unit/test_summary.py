@@ -7,6 +7,7 @@ import yaml
 from helpers.workspace import make_repository, set_params
 
 from minigpt import summary
+from minigpt.comparison.experiment import Experiment, Folder
 from minigpt.files import write_csv
 from minigpt.params import load
 
@@ -77,13 +78,15 @@ def test_changed_params_are_those_of_the_results(tmp_path, project_files, monkey
     lock = {"stages": {"train": {"params": {"params.yaml": trained}}}}
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
     set_params(Path(), {"model": {"n_embd": 28}, "sample": {"seed": 3}})
-    assert summary._changed(load(), during_stage=False).splitlines() == [
+    workspace = Experiment("workspace", Folder(Path()))
+    assert summary._changed(load(), workspace).splitlines() == [
         "",
         "  changed params    train.seed=7 (compared with the last commit)",
         "  not run yet       n_embd=28 train.seed=1337 sample.seed=3 (in params.yaml);",
         "                    `dvc repro` runs it",
     ]
-    assert "not run yet       n_embd=28 train.seed=1337 (in" in summary._changed(load(), during_stage=True)
+    assert "changed params    n_embd=28 sample.seed=3" in summary._changed(load(), None)
+    assert "not run yet" not in summary._changed(load(), None)
 
 
 def test_lines_do_not_end_within_a_command():

@@ -9,6 +9,7 @@ from helpers.servers import Loopback
 from helpers.workspace import ROOT, command, python
 
 from minigpt.errors import UserError
+from minigpt.git import is_untracked
 from minigpt.texts import fetch
 
 TEXT = b"To be, or not to be\n"
@@ -57,6 +58,18 @@ def test_text_comes_from_its_address_and_can_be_pushed_and_pulled(repository, tm
         fetch(repository / "data/text.txt")
         assert (repository / "data/text.txt").read_bytes() == TEXT
         assert len(publisher.requests) == requests
+
+
+@pytest.mark.parametrize("data, tracked", [(TEXT, True), (b"another text", False)])
+def test_text_that_was_saved_by_hand_is_tracked_if_it_is_the_one(repository, data, tracked):
+    track(repository, "none")
+    (repository / "data/text.txt").write_bytes(data)
+    fetch(repository / "data/text.txt")
+    assert (repository / "data/text.txt").read_bytes() == data
+    assert (repository / "data/text.txt.dvc").exists() == tracked
+    staged = subprocess.run(["git", "diff", "--cached", "--name-only"], check=True, capture_output=True, text=True)
+    assert ("data/text.txt.dvc" in staged.stdout) == tracked
+    assert is_untracked("data/text.txt") != tracked
 
 
 def test_folder_comes_from_a_remote(repository, tmp_path):

@@ -1,8 +1,11 @@
+import hashlib
+
 import pytest
 import yaml
 from helpers.experiments import results_folder, two_losses
 from helpers.tracking import find_run, write_run
 
+from minigpt.comparison import tables
 from minigpt.comparison.experiment import Experiment, Folder, find
 from minigpt.errors import UserError
 from minigpt.tracking.journal import Journal
@@ -68,6 +71,21 @@ def test_file_with_wrong_types_is_left_out_or_reported(folder, name, content):
             found.metrics(name.split("/")[1])
     else:
         assert found.val_loss > 0
+
+
+@pytest.mark.parametrize("digest, known", [("0" * 32, False), (None, True)])
+def test_results_that_are_not_those_of_the_lock_file_are_not_compared(folder, monkeypatch, digest, known):
+    digest = digest or hashlib.md5((folder / "results/train/run.json").read_bytes()).hexdigest()
+    deps = [{"path": "results/train/run.json", "md5": digest}]
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"deps": deps}}}))
+    monkeypatch.chdir(folder)
+    assert Experiment("workspace", Folder(folder)).is_from_lock == known
+    if known:
+        assert tables.overview().splitlines()[1].startswith("workspace ")
+        return
+    for show in (tables.overview, lambda: tables.comparison([find("workspace")] * 2)):
+        with pytest.raises(UserError, match=r"^workspace: its results are not those of dvc.lock"):
+            show()
 
 
 def test_folder_without_results_does_not_hide_an_experiment_of_its_name(folder, monkeypatch):

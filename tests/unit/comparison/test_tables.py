@@ -11,6 +11,11 @@ from minigpt.errors import UserError
 from minigpt.evaluation.paired import Estimate
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 @pytest.fixture
 def pair(tmp_path):
     first, second = two_losses()
@@ -31,11 +36,13 @@ def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
     assert "nats (95 % interval 0.0" in verdict
 
 
-def test_long_last_column_is_wrapped_and_never_cut_off():
+@pytest.mark.parametrize("first", ["a", "a" * 50])  # beside it, or below it
+def test_long_last_column_is_wrapped_and_never_cut_off(monkeypatch, first):
+    monkeypatch.setenv("COLUMNS", "60")
     changed = " ".join(f"name_{number}=value" for number in range(20))
-    lines = tables.align([["name", "changed params"], ["a", changed]], left=(0, 1), width=60)
+    lines = tables.align([["name", "changed params"], [first, changed]], left=(0, 1))
     assert max(map(len, lines)) <= 60
-    assert " ".join(line.strip() for line in lines[1:]).split() == ["a", *changed.split()]
+    assert " ".join(lines).split() == ["name", "changed", "params", first, *changed.split()]
 
 
 def test_code_that_differs_is_listed_by_its_digests(pair):
@@ -47,15 +54,16 @@ def test_code_that_differs_is_listed_by_its_digests(pair):
     assert [row for row in rows if row and "/" in row[0]] == [["minigpt/ops.py", "1234567", "abcdef0"]]
 
 
-def test_table_of_many_experiments_fits_into_the_terminal(tmp_path):
+def test_table_of_many_experiments_fits_into_the_terminal(tmp_path, monkeypatch):
     losses, _ = two_losses()
     chosen = []
     for number in range(7):
         changes = {"model": {"n_embd": 100 + number}, "train": {"learning_rate": 0.01 * (number + 1), "seed": number}}
         folder = results_folder(tmp_path / f"a long name {number}" / "deep", losses + number, **changes)
         chosen.append(Experiment(f"experiment-with-a-long-name-{number}", Folder(folder)))
+    monkeypatch.setenv("COLUMNS", "80")
     lines = tables.comparison(chosen).splitlines()
-    assert max(map(len, lines)) <= tables.WIDTH
+    assert max(map(len, lines)) <= 80
     assert sum(line.startswith("validation loss") for line in lines) > 1
     assert sum("is better than" in line for line in lines) == 6  # with the best one alone
 
@@ -92,7 +100,7 @@ def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
         chosen.append(Experiment(f"e{number}", Folder(folder)))
     lines = tables.comparison(chosen, seeds=True).splitlines()
     mean = float(np.mean([each.val_loss for each in chosen[:3]]))
-    assert lines[1].split() == ["e0", "and", "2", "more", f"{mean:.4f}", "±", "0.1528", "3"]
+    assert lines[1].split() == ["e0", "and", "2", "more", f"{mean:.4f}", "±", "0.1528", "3", "best"]
     assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "one", "seed", "n_embd=512"]
 
 
@@ -147,19 +155,24 @@ def test_one_result_is_listed_once_with_all_its_names_and_another_text_is_named(
     monkeypatch.setattr(tables, "Revision", lambda commit: pair[0].files)
     monkeypatch.chdir(pair[0].files.root)
     lines = tables.overview().splitlines()
-    names = [line.split("  ")[0] for line in lines[1:4]]
-    assert names == ["second", "main, gyral-snob*", "f603e44"]
-    assert [tables.OTHER_TEXT in line for line in lines[1:4]] == [False, False, True]
-    assert any(line.startswith(f"{tables.OTHER_TEXT}: ") for line in lines[4:])
+    names = [line.split("  ")[0] for line in lines[1:5]]
+    assert names == ["second", "main, gyral-snob*", "", "f603e44"]
+    assert [" best " in line for line in lines[1:5]] == [True, False, False, True]
+    assert tables.OTHER_TEXT in lines[5:]
 
 
-def test_difference_that_cannot_be_computed_is_not_called_another_text(tmp_path, monkeypatch):
-    folders = [results_folder(tmp_path / name, two_losses()[0], text=name[:1]) for name in ("a1", "a2", "b")]
-    first, same, other = (Experiment(folder.name, Folder(folder)) for folder in folders)
-    assert tables._to_best(first, other) == tables.OTHER_TEXT
-    assert tables._to_best(first, same).startswith("= ")
-    (folders[1] / "results/evaluate/losses.npz").unlink()
-    assert tables._to_best(first, Experiment("a2", Folder(folders[1]))) == ""
+def test_experiments_on_one_text_are_listed_together():
+    rows = [("a", 3), ("b", 2), ("a", 1), ("b", 4)]
+    assert tables._by_text(rows, lambda row: row[0], lambda row: row[1]) == [("a", 1), ("a", 3), ("b", 2), ("b", 4)]
+
+
+def test_difference_to_the_best(tmp_path, pair):
+    same, without = (results_folder(tmp_path / name, two_losses()[0]) for name in ("same", "without"))
+    (without / "results/evaluate/losses.npz").unlink()
+    shown = [tables._to_best(pair[0], each) for each in (Experiment("same", Folder(same)), pair[1])]
+    assert shown[0] == "same losses"
+    assert shown[1].startswith("-0.0")
+    assert tables._to_best(pair[0], Experiment("without", Folder(without))) == ""
 
 
 def test_seed_counts_once_and_another_text_is_another_group(tmp_path):

@@ -5,9 +5,10 @@ import re
 import shutil
 
 import pytest
-from helpers.workspace import make_workspace, params_with, python, set_params
+import yaml
+from helpers.workspace import ROOT, make_workspace, params_with, python, set_params
 
-from minigpt.data.checks import check_context, check_corpus, check_text
+from minigpt.data.checks import OUTPUTS, check_context, check_corpus, check_text
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 
@@ -34,6 +35,11 @@ def test_text_that_a_later_stage_cannot_use_is_rejected(tmp_path, kind):
     (tmp_path / "a.txt").write_text(text, newline="")
     with pytest.raises(UserError, match=message):
         check_text(params_with(data={"source": str(tmp_path / "a.txt")}))
+
+
+def test_outputs_are_those_of_the_pipeline():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert {output for stage in stages.values() for output in stage["outs"]} == set(OUTPUTS)
 
 
 @pytest.mark.parametrize(

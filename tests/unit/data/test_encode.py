@@ -118,7 +118,7 @@ def test_text_that_changes_during_encoding_is_rejected(tmp_path, monkeypatch, ch
 PREPARE = """
 import sys
 from pathlib import Path
-from minigpt import errors
+from minigpt import program
 from minigpt.data.encode import encode_corpus
 from minigpt.files import atomic_directory
 
@@ -127,7 +127,7 @@ def main():
         encode_corpus(Path(sys.argv[1]), 0.1, folder, workers=2)
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)
 """
 
 

@@ -7,7 +7,7 @@ from helpers.workspace import params_with
 
 from minigpt.data import dataset
 from minigpt.data.dataset import Split
-from minigpt.evaluation.loss import Score, score
+from minigpt.evaluation.loss import Score, score, window_sums
 from minigpt.model import GPT
 
 
@@ -50,8 +50,13 @@ def test_score_does_not_depend_on_the_batch_size(model, split, monkeypatch):
         assert scored.nats == pytest.approx(expected.nats, rel=1e-12)
 
 
+def score_of(nats, counts, total):
+    """Return the score of windows with these sums of nats and numbers of characters."""
+    return Score(window_sums(*(torch.tensor(values, dtype=torch.float64) for values in (nats, counts))).tolist(), total)
+
+
 def test_units_of_the_loss():
-    scored = Score(nats=20 * math.log(2), count=10, total=10, windows=1, squares=0.0)
+    scored = score_of([20 * math.log(2)], [10], 10)
     assert (scored.loss, scored.bits, scored.perplexity) == (
         pytest.approx(2 * math.log(2)),
         pytest.approx(2),
@@ -108,14 +113,13 @@ def test_sampling_error_matches_the_spread_over_many_samples():
     losses, errors = [], []
     for _ in range(500):
         drawn = random.choice(sums, 60, replace=False)
-        loss = drawn.sum() / 960
-        one = Score(drawn.sum(), 960, 1600, 60, ((drawn - 16 * loss) ** 2).sum())
+        one = score_of(drawn, [16] * 60, 1600)
         losses.append(one.loss)
         errors.append(one.sampling_error)
     assert np.std(losses) == pytest.approx(np.mean(errors), rel=0.12)
 
 
 def test_perplexity_of_a_huge_loss_is_infinite():
-    assert Score(709.0, 1, 1, 1, 0).perplexity == math.exp(709)
-    assert Score(710.0, 1, 1, 1, 0).perplexity == math.inf
-    assert math.isnan(Score(math.nan, 1, 1, 1, 0).perplexity)
+    assert score_of([709.0], [1], 1).perplexity == math.exp(709)
+    assert score_of([710.0], [1], 1).perplexity == math.inf
+    assert math.isnan(score_of([math.nan], [1], 1).perplexity)

@@ -54,8 +54,8 @@ def test_a_text_ends_before_its_first_stop_string(text, stop):
     shown = StopStrings(stop)
     pieces = [shown.add(character) for character in text]
     ends = [text.find(s) + len(s) for s in stop if s in text]
-    if ends:  # the stop string that is complete first; among several, the one listed first
-        ended = next(s for s in stop if text[: min(ends)].endswith(s))
+    if ends:  # the stop string that is complete first; among several, the longest
+        ended = max((s for s in stop if text[: min(ends)].endswith(s)), key=len)
         assert shown.ended
         assert "".join(pieces) == text[: min(ends) - len(ended)]
     else:

@@ -165,10 +165,16 @@ def test_bigram_model_with_too_many_pairs_is_left_out(workspace, monkeypatch):
 @pytest.mark.parametrize("seed, shown", [(1337, 1337), (2**53, 2**53), (2**53 + 1, "9007199254740993")])
 def test_seed_that_javascript_would_round_is_a_text(seed, shown):
     sampling = params_with(sample={"seed": seed, "overflow": "slide"}).sample
-    facts = page_facts.describe_sampling(sampling)
+    facts = page_facts.describe_sampling(sampling, [Tokenizer("\nab")])
     assert facts["sampling"]["seed"] == shown
     assert facts["sampling"]["overflow"] == "reread"
     assert facts["prompts"] == ["\n"]
+
+
+def test_page_of_two_models_starts_with_a_prompt_that_both_know():
+    sampling = params_with(sample={"prompts": ["a", "b"]}).sample
+    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("bc")])["prompts"] == ["b"]
+    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("cd")])["prompts"] == []
 
 
 def test_numbers_of_tables_are_finite(workspace):

@@ -169,11 +169,14 @@ def test_a_thread_that_torch_has_bound_is_unbound_for_a_gpu(tmp_path):
     code = (
         "from minigpt.runtime import cpu; start = cpu.available_cores(); cpu.configure_cpu()\n"
         "import torch; torch.ones(9).sum(); bound = cpu.available_cores()\n"
-        "cpu.unbind_threads(); print([start, bound, cpu.available_cores()])"
+        "cpu.unbind_threads(); unbound = cpu.available_cores(); import subprocess, sys\n"
+        "child = 'import os, torch; torch.ones(9).sum(); print(len(os.sched_getaffinity(0)))'\n"
+        "count = int(subprocess.check_output([sys.executable, '-c', child])); print([start, bound, unbound, count])"
     )
-    start, bound, unbound = run_json(code, TMPDIR=str(tmp_path))
+    start, bound, unbound, of_child = run_json(code, TMPDIR=str(tmp_path))
     assert len(bound) == 1
     assert unbound == start == cpu.available_cores()
+    assert of_child == len(start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")

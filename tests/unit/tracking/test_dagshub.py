@@ -22,9 +22,9 @@ def repository(tmp_path, project_files):
 HOST = "https://me:s3cret@dagshub.example.com"
 CONNECT = """\
 import sys
-from minigpt import errors
+from minigpt import program
 from minigpt.tracking.dagshub import connect, read_token
-errors.run(lambda: connect(sys.argv[1], read_token()))
+program.run(lambda: connect(sys.argv[1], read_token()))
 """
 
 

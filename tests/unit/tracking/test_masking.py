@@ -121,14 +121,14 @@ def test_command_prints_and_stores_no_secret_that_a_server_echoes(repository, va
         code = "import sys; from minigpt.cli import run; sys.argv[1:] = ['sync']; run()"
         synced = python("-c", code, cwd=repository, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
         crash = (
-            "from minigpt import errors; from minigpt.tracking.run import Tracker\n"
+            "from minigpt import program; from minigpt.tracking.run import Tracker\n"
             "import logging, os, warnings\n"
             "def main():\n"
             "    tracker = Tracker('a' * 32); tracker.upload(); tracker.stage('evaluate', {}, {'loss': 1.0})\n"
             "    secret = os.environ['MLFLOW_TRACKING_PASSWORD']\n"
             "    logging.getLogger('mlflow').warning('logged %s', secret); warnings.warn(f'warned {secret}')\n"
             "    raise ValueError(f'no answer to {secret}')\n"
-            "errors.run(main)"
+            "program.run(main)"
         )
         crashed = python("-c", crash, cwd=repository, MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
     assert synced.returncode == crashed.returncode == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.workspace import ROOT, python
 
-from minigpt import errors
+from minigpt import program
 from minigpt.errors import Interrupted, PeerLostError, UserError, environment_integer, environment_number
 
 LESS_MEMORY = "reduce the model, its context, the batch size or the number of samples"
@@ -21,7 +21,7 @@ def report(monkeypatch, capsys):
             raise error
 
         with pytest.raises(SystemExit) as exit_info:
-            errors.report(main)
+            program.report(main)
         return exit_info.value.code, capsys.readouterr().err
 
     return report
@@ -37,13 +37,13 @@ def rank_1_of_2(monkeypatch):
 def test_program_ends_with_its_code_after_its_exit_handlers_and_before_its_modules(tmp_path, end, code):
     class_with_finalizer = "class Last:\n    def __del__(self): print('taken apart')\n"
     main = f"def main():\n    atexit.register(print, 'handled')\n    print('done', end=' ')\n    {end or 'pass'}\n"
-    program = f"import atexit, sys\nfrom minigpt import errors\n{class_with_finalizer}last = Last()\n{main}"
-    ran = python("-c", f"{program}errors.run(main)", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    code_before = f"import atexit, sys\nfrom minigpt import program\n{class_with_finalizer}last = Last()\n{main}"
+    ran = python("-c", f"{code_before}program.run(main)", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert (ran.returncode, ran.stdout, ran.stderr) == (code, "done handled\n", "")
 
 
 def test_profiler_writes_its_report(tmp_path):
-    (tmp_path / "program.py").write_text("from minigpt import errors\nerrors.run(lambda: None)\n")
+    (tmp_path / "program.py").write_text("from minigpt import program\nprogram.run(lambda: None)\n")
     ran = python("-m", "cProfile", "program.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert ran.returncode == 0, ran.stderr
     assert "function calls" in ran.stdout
