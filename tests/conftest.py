@@ -51,6 +51,7 @@ def minigpt(monkeypatch, capsys):
     def run(*arguments, stdin=b"", cwd=None):
         with monkeypatch.context() as patch:
             patch.setenv("MINIGPT_CPU", "off")
+            patch.setenv("COLUMNS", "100")
             patch.setattr(sys, "argv", ["minigpt", *map(str, arguments)])
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             if cwd:

@@ -15,8 +15,8 @@ from minigpt import profiles
 from minigpt.cli import cli
 from minigpt.params import flatten, load
 
-RECORDS_ONLY = {"tracking", "summary.py"}
-"""Parts of the library that record and show results and do not decide them."""
+RECORDS_ONLY = {"tracking", "summary.py", "program.py"}
+"""Parts of the library that record and show results and errors, and do not decide results."""
 
 
 @pytest.mark.parametrize("stage", ["prepare", "evaluate", "sample"])
