@@ -362,7 +362,7 @@ def align(table: list[list[str]], left: tuple[int, ...]) -> list[str]:
     width, sizes = columns(), [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
     used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
     wrap, beside = len(sizes) - 1 in left, width - used >= min(NARROWEST, sizes[-1])
-    sizes[-1] = max(NARROWEST, width - used) if beside or not wrap else width - INDENT
+    sizes[-1] = min(sizes[-1], max(NARROWEST, width - used) if beside or not wrap else width - INDENT)
     lines = []
     for row in table:
         *cells, last = row or [""]
@@ -386,7 +386,8 @@ def _fill(sentence: str) -> str:
 def _in_parts(table: list[list[str]]) -> list[str]:
     """Return a table with one column per experiment, in several parts below each other if it is too wide."""
     names, *rest = (list(column) for column in itertools.zip_longest(*table, fillvalue=""))
-    rest = [[shorten(cell, columns() // 3) for cell in column] for column in rest]
+    widest = (columns() - NARROWEST) // 2  # so that two fit
+    rest = [[shorten(cell, widest) for cell in column] for column in rest]
     size, lines = max(map(len, names)) + 2, list[str]()
     while rest:
         part, used = list[list[str]](), size
