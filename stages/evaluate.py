@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from minigpt.evaluation.breakdown import Breakdown
     from minigpt.evaluation.by_file import FileRecorder
     from minigpt.evaluation.character_losses import CharacterLosses
-    from minigpt.evaluation.loss import Score
+    from minigpt.evaluation.loss import OverlapRecorder, Score
     from minigpt.evaluation.ngrams import NGrams
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SHORT, UNCERTAIN = 10_000, 0.01
 """A warning is printed for splits of fewer characters, and for losses with a larger relative uncertainty."""
 
-ROUNDED_CHARS = 32_768
+ROUNDED_CHARS = 16_384
 """Characters that show the effect of rounded weights. It is the difference on the same windows, so few are enough."""
 
 
@@ -118,8 +118,9 @@ def score_text(
     *,
     files: FileRecorder,
     breakdown: Breakdown | None = None,
+    overlap: OverlapRecorder | None = None,
 ) -> tuple[dict[str, Any], CharacterLosses]:
-    """Score every character of a held-out split without overlap, also for its ``files`` and a ``breakdown``.
+    """Score every character of a held-out split without overlap, also for its ``files`` and the other recorders.
 
     Returns:
         the metrics, and the loss of each character.
@@ -133,6 +134,8 @@ def score_text(
     def record(batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
         if breakdown:
             breakdown.add(batch, logits, nats)
+        if overlap:
+            overlap.add(batch, logits, nats)
         recorder.add(batch, logits, nats)
         files.extend(scored_nats(batch, nats))
 
@@ -160,14 +163,15 @@ def score_validation(
     Returns:
         the metrics, and the loss of each character without overlap.
     """
-    from minigpt.evaluation.loss import score
+    from minigpt.evaluation.loss import OverlapRecorder, score
     from minigpt.quantize import loss_by_weights
 
-    val = corpus.val
-    metrics, losses = score_text("val", model, val, corpus.tokenizer, files=files, breakdown=breakdown)
+    val, block_size = corpus.val, model.config.block_size
+    overlap = OverlapRecorder(block_size, stride) if block_size % stride == 0 else None
+    metrics, losses = score_text("val", model, val, corpus.tokenizer, files=files, breakdown=breakdown, overlap=overlap)
     exact = metrics["loss"]
-    overlapping = score(model, val, stride)
-    print(f"minigpt: val with windows every {stride} characters: {overlapping.loss:.4f} nats")
+    loss_at_stride = overlap.finish(model, val) if overlap else score(model, val, stride).loss
+    print(f"minigpt: val with windows every {stride} characters: {loss_at_stride:.4f} nats")
 
     sampled = len(val) - 1 > ROUNDED_CHARS
     reference = score(model, val, max_chars=ROUNDED_CHARS).loss if sampled else exact
@@ -180,7 +184,7 @@ def score_validation(
     print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
     metrics |= {
         "stride": stride,
-        "loss_at_stride": overlapping.loss,
+        "loss_at_stride": loss_at_stride,
         "accuracy": breakdown.accuracy,
         "calibration_error": breakdown.calibration_error,
         "loss_by_weights": by_weights,

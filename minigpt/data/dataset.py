@@ -149,15 +149,17 @@ class Split:
         return windows[:, :-1], windows[:, 1:]
 
     def eval_batches(
-        self, block_size: int, stride: int, max_chars: int | None = None, shard: tuple[int, int] = (0, 1)
-    ) -> Iterator[EvalBatch]:
+        self, block_size: int, stride: int, max_chars: int | None = None, shard: tuple[int, int] = (0, 1),
+        start: int = 0,
+    ) -> Iterator[EvalBatch]:  # fmt: skip
         """Yield windows of ``block_size`` ids that score each of the n - 1 targets of a split of n characters once.
 
         A window starts every ``stride`` <= block_size characters. Only the targets that no earlier window covers are
         scored, so each has the longest context that the stride allows. With ``max_chars``, about that many targets are
-        scored, in evenly spaced windows. For n processes, shard (i, n) yields every n-th window from window i.
+        scored, in evenly spaced windows. For n processes, shard (i, n) yields every n-th window from window i. The
+        first ``start`` characters are left out.
         """
-        targets = len(self) - 1
+        targets = len(self) - 1 - start
         count = 1 + max(0, -(-(targets - block_size) // stride))
         chosen: range | NDArray[np.int64] = range(count)
         if max_chars is not None and targets > max_chars:
@@ -170,9 +172,9 @@ class Split:
         full = len(chosen) - int(len(chosen) > first and chosen[-1] * stride + block_size > targets)
         for begin, end in pairwise([0, first, *range(first + size, full, size), full, len(chosen)]):
             if begin < end:
-                starts = np.asarray(chosen[begin:end], dtype=np.int64) * stride
-                windows = self._windows(starts, min(block_size, targets - int(starts[-1])) + 1)
-                yield EvalBatch(*self._ids_and_targets(windows), 0 if starts[0] == 0 else block_size - stride)
+                offsets = np.asarray(chosen[begin:end], dtype=np.int64) * stride
+                windows = self._windows(start + offsets, min(block_size, targets - int(offsets[-1])) + 1)
+                yield EvalBatch(*self._ids_and_targets(windows), 0 if offsets[0] == 0 else block_size - stride)
 
 
 @dataclass(frozen=True)

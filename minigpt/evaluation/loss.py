@@ -105,16 +105,17 @@ def score(
     group: ProcessGroup = SINGLE_PROCESS,
     *,
     callback: Callable[[EvalBatch, Tensor, Tensor], None] | None = None,
+    start: int = 0,
 ) -> Score:
     """Score every target of ``split`` once, without dropout. ``max_chars`` limits the score to evenly spaced windows.
 
     Windows of block_size start every ``stride`` characters; None: they do not overlap. The processes of ``group`` share
     the work, and each returns the same result. ``callback`` is called for each batch of this process with the windows,
-    the logits (B, T, V) and the nats (B, T).
+    the logits (B, T, V) and the nats (B, T). The first ``start`` characters are left out.
     """
     block_size = model.config.block_size
     totals = torch.zeros(6, dtype=torch.float64, device=split.device)
-    batches = split.eval_batches(block_size, stride or block_size, max_chars, (group.rank, group.world_size))
+    batches = split.eval_batches(block_size, stride or block_size, max_chars, (group.rank, group.world_size), start)
     with evaluation_mode(model):
         for batch in group.pad_to_longest(batches):
             if batch is None:  # a sharded model gathers its weights in forward, so every rank has to call it
@@ -127,4 +128,28 @@ def score(
             if callback:
                 callback(batch, logits, nats)
     group.all_reduce_sum(totals)
-    return Score(totals.tolist(), len(split) - 1)
+    return Score(totals.tolist(), len(split) - 1 - start)
+
+
+class OverlapRecorder:
+    """Recorder of the loss with overlapping windows. Pass :meth:`add` as the callback to a score without overlap.
+
+    Windows start every ``stride`` characters, a divisor of block_size. Those that start at a multiple of block_size are
+    the windows without overlap. They are computed once, and :meth:`finish` computes the others.
+    """
+
+    def __init__(self, block_size: int, stride: int) -> None:
+        self.block_size, self.stride, self.nats, self.count = block_size, stride, 0.0, 0
+
+    def add(self, _batch: EvalBatch, _logits: Tensor, nats: Tensor) -> None:
+        """Add those of -ln p (B, T) with the longest context; all of the first window."""
+        scored = nats[:, self.block_size - self.stride :] if self.count else nats
+        self.nats += scored.double().sum().item()
+        self.count += scored.numel()
+
+    def finish(self, model: GPT, split: Split) -> float:
+        """Return the loss in nats per character."""
+        for start in range(self.stride, self.block_size, self.stride):
+            if len(split) - 1 > start:
+                score(model, split, callback=self.add, start=start)
+        return self.nats / self.count

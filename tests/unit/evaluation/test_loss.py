@@ -7,7 +7,7 @@ from helpers.workspace import params_with
 
 from minigpt.data import dataset
 from minigpt.data.dataset import Split
-from minigpt.evaluation.loss import Score, score, window_sums
+from minigpt.evaluation.loss import OverlapRecorder, Score, score, window_sums
 from minigpt.model import GPT
 
 
@@ -48,6 +48,16 @@ def test_score_does_not_depend_on_the_batch_size(model, split, monkeypatch):
         scored = score(model, split)
         assert scored.count == expected.count
         assert scored.nats == pytest.approx(expected.nats, rel=1e-12)
+
+
+@pytest.mark.parametrize("stride", [16, 8, 4, 2])
+@pytest.mark.parametrize("length", [2, 9, 17, 33, 40, 41, 57, 100])
+def test_overlapping_windows_reuse_those_without_overlap(model, split, stride, length):
+    text = Split(split.tokens[:length])
+    recorder = OverlapRecorder(16, stride)
+    score(model, text, callback=recorder.add)
+    assert recorder.finish(model, text) == pytest.approx(score(model, text, stride).loss, rel=1e-12)
+    assert recorder.count == length - 1
 
 
 def score_of(nats, counts, total):
