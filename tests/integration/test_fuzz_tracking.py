@@ -28,8 +28,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Return an empty workspace, the current directory."""
+    """Return an empty repository, the current directory."""
     enter_workspace(monkeypatch, tmp_path)
+    (tmp_path / ".dvc").mkdir()
     monkeypatch.setattr(sys, "argv", ["minigpt", "sync"])
     return tmp_path
 
