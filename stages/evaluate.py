@@ -181,7 +181,7 @@ def score_validation(
 
     by_weights = loss_by_weights(model, score_rounded)
     costs = [f"{name} {loss - by_weights['float32']:+.4f}" for name, loss in by_weights.items() if name != "float32"]
-    print(f"minigpt: val with rounded weights, compared with float32: {', '.join(costs)} nats")
+    print(f"minigpt: rounded weights cost: {', '.join(costs)} nats")
     metrics |= {
         "stride": stride,
         "loss_at_stride": loss_at_stride,
