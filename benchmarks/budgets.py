@@ -33,7 +33,7 @@ from benchmarks.common import (
     profile,
     resolve_text,
     training,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from minigpt.model import GPT

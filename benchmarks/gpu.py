@@ -34,9 +34,10 @@ from benchmarks.common import (
     peer,
     prepared,
     profile,
+    resolve_text,
     trainer,
     training,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,7 +323,7 @@ def table(results: dict[str, Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Send what a training prints to standard error."""
+    """Send the output of a training to standard error."""
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -346,7 +347,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/benchmarks"), help="a folder")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.text = options.text.resolve()
+    resolve_text(parser, options)
+    if not is_small(options) and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch has no GPU here; --device cpu runs the small form")
     if options.one:
         with quiet():
             found = MEASURES[options.one](options)
