@@ -182,7 +182,7 @@ def attention_mask(like: Tensor, length: int, window: int, n_head: int) -> Tenso
 def causal_mask(length: int, window: int = 0, rows: int = 0) -> Tensor:
     """Return 0 where a position may attend (itself and before, the last ``window``; 0: all), else -inf, (T, T).
 
-    With ``rows``, only as many rows, the last ones.
+    ``rows`` limits the mask to the last rows, (rows, T); 0: all.
     """
     query, key = torch.arange(length - (rows or length), length)[:, None], torch.arange(length)
     hidden = is_hidden(query, key, window or length)

@@ -51,7 +51,7 @@ def fetch(text: Path) -> None:
 
 
 def _has_digest(text: Path, description: Path) -> bool:
-    """Return whether a text is a file with the digest in a description; not if the file is no description."""
+    """Return whether a text is a file with the digest in a description. A damaged description has none."""
     with suppress(errors.UserError):
         return text.is_file() and _described(description)[0] == _digest(text.read_bytes())
     return False
@@ -63,8 +63,7 @@ def _described(record: Path) -> tuple[str, str]:
         tracked = yaml.safe_load(record.read_text(encoding="utf-8"))
         return tracked["outs"][0]["md5"], tracked.get("meta", {}).get("url", "")
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
-        text = record.with_suffix("")
-        raise errors.UserError(f"{record}: not a file of `dvc add`; {_ways_out(text)}") from None
+        raise errors.UserError(f"{record}: not a file of `dvc add`; {_ways_out(record.with_suffix(''))}") from None
 
 
 def _fetch(text: Path, record: Path) -> None:

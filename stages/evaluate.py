@@ -12,6 +12,7 @@ import math
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from minigpt.evaluation.breakdown import Breakdown
     from minigpt.evaluation.by_file import FileRecorder
     from minigpt.evaluation.character_losses import CharacterLosses
-    from minigpt.evaluation.loss import OverlapRecorder, Score
+    from minigpt.evaluation.loss import Score
     from minigpt.evaluation.ngrams import NGrams
     from minigpt.model import GPT
     from minigpt.tracking.run import Tracker
@@ -117,10 +118,9 @@ def score_text(
     tokenizer: Tokenizer,
     *,
     files: FileRecorder,
-    breakdown: Breakdown | None = None,
-    overlap: OverlapRecorder | None = None,
+    callbacks: Sequence[Callable[[EvalBatch, Tensor, Tensor], None]] = (),
 ) -> tuple[dict[str, Any], CharacterLosses]:
-    """Score every character of a held-out split without overlap, also for its ``files`` and the other recorders.
+    """Score every character of a held-out split without overlap, also for its ``files`` and other ``callbacks``.
 
     Returns:
         the metrics, and the loss of each character.
@@ -132,10 +132,8 @@ def score_text(
     recorder = LossRecorder(len(split) - 1)
 
     def record(batch: EvalBatch, logits: Tensor, nats: Tensor) -> None:
-        if breakdown:
-            breakdown.add(batch, logits, nats)
-        if overlap:
-            overlap.add(batch, logits, nats)
+        for callback in callbacks:
+            callback(batch, logits, nats)
         recorder.add(batch, logits, nats)
         files.extend(scored_nats(batch, nats))
 
@@ -168,7 +166,8 @@ def score_validation(
 
     val, block_size = corpus.val, model.config.block_size
     overlap = OverlapRecorder(block_size, stride) if block_size % stride == 0 else None
-    metrics, losses = score_text("val", model, val, corpus.tokenizer, files=files, breakdown=breakdown, overlap=overlap)
+    callbacks = [breakdown.add, *([overlap.add] if overlap else [])]
+    metrics, losses = score_text("val", model, val, corpus.tokenizer, files=files, callbacks=callbacks)
     exact = metrics["loss"]
     loss_at_stride = overlap.finish(model, val) if overlap else score(model, val, stride).loss
     print(f"minigpt: val with windows every {stride} characters: {loss_at_stride:.4f} nats")

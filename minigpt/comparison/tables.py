@@ -64,9 +64,8 @@ def overview(seeds: bool = False) -> str:
     best = rows[0]
     for each in rows:
         if _text(each) != _text(best):
-            table.append([])
-        if each is rows[0] or _text(each) != _text(best):
             best = each
+            table.append([])
         mark = "*" if _identity(each) == here and each.name != "workspace" else ""
         train = each.metrics("train")
         table.append([
@@ -140,7 +139,7 @@ def comparison(chosen: Sequence[Experiment], seeds: bool = False) -> str:
 
 
 def require_losses(chosen: Sequence[Experiment]) -> None:
-    """Raise a UserError if an experiment has no validation loss, or one of other params than those known."""
+    """Raise a UserError if an experiment has no validation loss, or its results are not those of dvc.lock."""
     for each in chosen:
         if not each.is_from_lock:
             raise UserError(f"{each.name}: {NOT_FROM_LOCK}")
@@ -356,26 +355,26 @@ def columns() -> int:
 def align(table: list[list[str]], left: tuple[int, ...]) -> list[str]:
     """Return the rows of a table as lines.
 
-    The columns in ``left`` are aligned on the left. The last column is wrapped if ``left`` has it, below the others if
-    there is no room beside them, and else shortened.
+    The columns in ``left`` are aligned on the left. If ``left`` has the last column, it is wrapped, on lines of its own
+    if it does not fit after the others; otherwise it is shortened.
     """
     width, sizes = columns(), [max(len(row[column]) for row in table if row) for column in range(len(table[0]))]
     used = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
-    wrap, beside = len(sizes) - 1 in left, width - used >= min(NARROWEST, sizes[-1])
-    sizes[-1] = min(sizes[-1], max(NARROWEST, width - used) if beside or not wrap else width - INDENT)
+    wrap, fits = len(sizes) - 1 in left, width - used >= min(NARROWEST, sizes[-1])
+    sizes[-1] = min(sizes[-1], max(NARROWEST, width - used) if fits or not wrap else width - INDENT)
     lines = []
     for row in table:
         *cells, last = row or [""]
         parts = textwrap.wrap(last, sizes[-1], break_long_words=False, break_on_hyphens=False)
         first, *others = (parts or [""]) if wrap else [shorten(last, sizes[-1])]
-        if wrap and not beside:
+        if wrap and not fits:
             first, others = "", [first, *others] if last else []
         aligned = [
             cell.ljust(size) if column in left else cell.rjust(size)
             for column, (cell, size) in enumerate(zip([*cells, first], sizes, strict=False))
         ]
         lines.append("  ".join(aligned).rstrip())
-        lines += [" " * (used if beside else INDENT) + other for other in others]
+        lines += [" " * (used if fits else INDENT) + other for other in others]
     return lines
 
 

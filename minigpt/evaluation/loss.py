@@ -139,12 +139,13 @@ class OverlapRecorder:
     """
 
     def __init__(self, block_size: int, stride: int) -> None:
-        self.block_size, self.stride, self.nats, self.count = block_size, stride, 0.0, 0
+        self.block_size, self.stride = block_size, stride
+        self.nats, self.count = torch.zeros((), dtype=torch.float64), 0
 
     def add(self, _batch: EvalBatch, _logits: Tensor, nats: Tensor) -> None:
         """Add those of -ln p (B, T) with the longest context; all of the first window."""
         scored = nats[:, self.block_size - self.stride :] if self.count else nats
-        self.nats += scored.double().sum().item()
+        self.nats = self.nats.to(scored.device) + scored.double().sum()  # is read at the end: a GPU need not wait
         self.count += scored.numel()
 
     def finish(self, model: GPT, split: Split) -> float:
@@ -152,4 +153,4 @@ class OverlapRecorder:
         for start in range(self.stride, self.block_size, self.stride):
             if len(split) - 1 > start:
                 score(model, split, callback=self.add, start=start)
-        return self.nats / self.count
+        return self.nats.item() / self.count

@@ -60,6 +60,16 @@ def test_overlapping_windows_reuse_those_without_overlap(model, split, stride, l
     assert recorder.count == length - 1
 
 
+def test_mode_of_the_model_is_restored_after_an_error(model, split):
+    def fail(*_values):
+        assert not model.training
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        score(model.train(), split, callback=fail)
+    assert model.training
+
+
 def score_of(nats, counts, total):
     """Return the score of windows with these sums of nats and numbers of characters."""
     return Score(window_sums(*(torch.tensor(values, dtype=torch.float64) for values in (nats, counts))).tolist(), total)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -83,6 +84,24 @@ def test_lock_names_its_holder_and_is_freed_when_the_holder_is_killed(checkpoint
         holder.kill()
     with checkpoints.locked():
         assert checkpoints.folder.with_suffix(".pid").read_text() == f"{os.getpid()}\n"
+
+
+def test_worker_of_a_queue_waits_for_the_same_training(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minigpt.training.checkpoint.queue_worker", lambda: (0, 2))
+    code = (
+        "import sys; from pathlib import Path; from minigpt.training.checkpoint import Checkpoints\n"
+        "checkpoints = Checkpoints(Path(sys.argv[1]), 'f00d')\n"
+        "with checkpoints.locked(): print('locked', flush=True); sys.stdin.read(); checkpoints.remove()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, **pipes) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        end = threading.Timer(1, holder.stdin.close)
+        end.start()
+        with checkpoints.locked():
+            assert end.finished.is_set()
+            assert checkpoints.folder.with_suffix(".pid").read_text() == f"{os.getpid()}\n"
+    assert f"waiting for process {holder.pid}, which runs the same training" in capsys.readouterr().out
 
 
 def test_lock_is_released_after_an_error_and_after_remove(checkpoints):
