@@ -347,14 +347,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/benchmarks"), help="a folder")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    resolve_text(parser, options)
-    if not is_small(options) and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch has no GPU here; --device cpu runs the small form")
     if options.one:
         with quiet():
             found = MEASURES[options.one](options)
         print(json.dumps(found))
         return
+    resolve_text(parser, options)
+    if not is_small(options) and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch has no GPU here; --device cpu runs the small form")
     chosen = [name for name in MEASURES if not options.measures or name.startswith(tuple(options.measures))]
     if not chosen:
         parser.error(f"no measure begins with {' or '.join(options.measures)}; there are {'; '.join(MEASURES)}")
