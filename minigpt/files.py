@@ -192,6 +192,20 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file, with numbers as floats, and None for an empty cell."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: read_cell(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def read_cell(cell: str | None) -> Any:
+    """Return a cell of a CSV file: a float, a text, or None if it is empty."""
+    try:
+        return float(cell or "")
+    except ValueError:
+        return cell or None
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with the same keys as CSV, with the keys as the header."""
     with path.open("w", newline="", encoding="utf-8") as file:

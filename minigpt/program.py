@@ -26,7 +26,7 @@ from minigpt.errors import Interrupted, PeerLostError, UserError, environment_in
 
 PEER_ERROR_DELAY = 2.0  # seconds before a process reports another one's failure, while torchrun ends it
 USER_ERROR_DELAY = 10.0  # seconds in which rank 0 reports the same mistake of the user first, and ends its MLflow run
-MANY_OBJECTS = 50_000  # new ones before Python looks for garbage; with 700, it takes 0.1 s of the import of torch
+MANY_OBJECTS = 50_000  # new ones before Python looks for garbage; with 700, that takes a tenth of the imports
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FILE_ERRORS = (  # no permission, a read-only disk, a mount point, or a file in the place of a folder
     *FULL, errno.EACCES, errno.EROFS, errno.EBUSY,

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params, program
+from minigpt.evaluation import charts
 from minigpt.files import atomic_directory, check_replaceable, require_json, write_csv, write_json
 from minigpt.runtime import cpu
 from minigpt.tracking.sender import start_sender
@@ -52,6 +51,8 @@ def main() -> None:
     sender = start_sender()  # imports MLflow meanwhile
     cpu.configure_cpu()  # before torch is imported
     counting = start_counting()  # meanwhile, torch is imported
+    renderer = charts.Renderer()  # likewise
+    renderer.draw(charts.loss_chart, RESULTS / "train", settings.data.source, name="train/loss.png")
     from minigpt import export
     from minigpt.data import dataset, splits
     from minigpt.evaluation import by_file
@@ -91,7 +92,7 @@ def main() -> None:
             write_csv(folder / by_file.FILE, rows)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "scores.json", scores(metrics, require_json(RESULTS / "train" / "metrics.json", "metrics")))
-    track(tracker, settings, metrics, breakdown, compared)
+    track(tracker, settings, metrics, {"baselines": compared, **breakdown.tables()}, renderer)
 
 
 def start_counting() -> Future[NGrams]:
@@ -272,21 +273,16 @@ def track(
     tracker: Tracker,
     settings: params.Params,
     metrics: dict[str, Any],
-    breakdown: Breakdown,
-    compared: list[dict[str, Any]],
+    tables: dict[str, list[dict[str, Any]]],
+    renderer: charts.Renderer,
 ) -> None:
-    """Add the results and a chart of them to the MLflow run of the model."""
-    from minigpt.evaluation import charts
-
+    """Add the results, and charts of them and of the training, to the MLflow run of the model."""
+    renderer.draw(charts.evaluation_chart, tables, settings.data.source, name="evaluate/evaluation.png")
     tracker.journal.artifact(RESULTS / "evaluate")
     tracker.upload()  # while the chart is drawn
-    with tempfile.TemporaryDirectory() as temporary:
-        chart = Path(temporary) / "evaluation.png"
-        tracker.attempt(
-            "evaluation chart", lambda: charts.evaluation_chart(breakdown, compared, settings.data.source, chart)
-        )
-        if chart.exists():
-            tracker.journal.artifact(chart, "evaluate")
+    renderer.finish()
+    for folder in renderer.folder.iterdir():
+        tracker.journal.artifact(folder)
     tracker.note(RESULTS, "train", "evaluate")
     numbers = {name: value for name, value in params.flatten(metrics).items() if not isinstance(value, str)}
     tracker.stage("evaluate", params.flatten(settings.evaluate, "evaluate."), numbers)

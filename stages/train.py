@@ -65,7 +65,7 @@ def main() -> None:
                     result = trainer.run()
                     export.export(MODEL, settings.model, result.weights, corpus.tokenizer)
                     write_results(result, tracker, settings.data.source)
-                    record(result, tracker, settings.data.source)
+                    record(result, tracker)
                     tracker.end("FINISHED", trainer.state.resumed_at)
                 except BaseException as error:
                     status = "KILLED" if isinstance(error, errors.Interrupted) else "FAILED"
@@ -115,21 +115,15 @@ def check_decoder(device: torch.device) -> None:
         raise errors.UserError(f"params.yaml: {problem}; set it to auto or never") from None
 
 
-def record(result: TrainResult, tracker: Tracker, source: str) -> None:
-    """Record the metrics, the loss chart and the packaged model in the MLflow run."""
-    from minigpt.evaluation.charts import loss_chart
-
+def record(result: TrainResult, tracker: Tracker) -> None:
+    """Record the metrics and the packaged model in the MLflow run."""
     metrics = result.metrics
     tracker.results("train", metrics)
     tracker.journal.params({"parameters": metrics["parameters"]})
     tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
     with tempfile.TemporaryDirectory() as temporary:
-        chart, packaged = Path(temporary) / "loss.png", Path(temporary) / "model"
+        packaged = Path(temporary) / "model"
         tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))
-        tracker.upload()  # while the chart is drawn
-        tracker.attempt("loss chart", lambda: loss_chart(result.history, result.batches, source, chart))
-        if chart.exists():
-            tracker.journal.artifact(chart, "train")
     tracker.note(RESULTS, "train")
     tracker.journal.tags({"throughput": f"{metrics['chars_per_second']:,} characters/s"})
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from minigpt import params
 from minigpt.errors import UserError
 from minigpt.evaluation.character_losses import FILE, CharacterLosses
-from minigpt.files import is_run_key
+from minigpt.files import is_run_key, read_cell
 from minigpt.git import git
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import resolve_tracking_uri
@@ -173,7 +173,7 @@ class Experiment:
     def table(self, path: str) -> list[Row]:
         """Return the rows of a CSV file below ``results``, with numbers as numbers; empty if there is none."""
         text = (self.files.read(RESULTS / path) or b"").decode("utf-8", "replace")
-        return [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+        return [{name: read_cell(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
     @cached_property
     def losses(self) -> CharacterLosses:
@@ -201,13 +201,6 @@ class Experiment:
 def _mapping(value: Any) -> dict[str, Any]:
     """Return a mapping that was read from a file, empty if the file has something else there."""
     return value if isinstance(value, dict) else {}
-
-
-def _number(cell: str | None) -> Any:
-    try:
-        return float(cell or "")
-    except ValueError:
-        return cell
 
 
 def experiments() -> Iterator[Experiment]:

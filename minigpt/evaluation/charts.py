@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import functools
 import html
+import json
 import re
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO, cast
 
 import yaml
 
 from minigpt.errors import UserError
-
-if TYPE_CHECKING:
-    from minigpt.evaluation.breakdown import Breakdown
+from minigpt.files import read_csv
 
 Rows = list[dict[str, Any]]
 
@@ -41,9 +47,37 @@ VEGA_LITE = "5.21"
 """Release of Vega-Lite that renders. The templates are written for major version 5, as DVC's own templates are."""
 
 
-def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:
-    """Draw ``train_loss`` and ``val_loss`` of ``history`` and ``batch_loss`` of ``batches`` over the ``step``."""
-    (chart,) = _charts({"history": history, "batches": batches}, "loss")
+class Renderer:
+    """Another process that draws charts while this one works. Its start takes half a second.
+
+    It ends with this one, and if a chart aborts it, this one continues. ``folder`` has the pictures.
+    """
+
+    def __init__(self) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="minigpt-")
+        self.folder = Path(self._temporary.name)
+        command = [sys.executable, "-m", "minigpt.evaluation.charts"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8")
+        self._requests = cast("TextIO", self._process.stdin)
+        weakref.finalize(self, self._process.kill)  # before the folder is removed
+
+    def draw(self, chart: Callable[..., None], *arguments: Any, name: str) -> None:
+        """Begin to draw one of :data:`CHARTS`, whose last argument is the file ``name``. A failure is reported."""
+        with suppress(BrokenPipeError):  # `finish` reports it
+            request = json.dumps([chart.__name__, *arguments, str(self.folder / name)], default=str)
+            print(request, file=self._requests, flush=True)
+
+    def finish(self) -> None:
+        """Wait until all charts are drawn."""
+        self._process.communicate()
+        if code := self._process.returncode:
+            print(f"minigpt: the process that draws charts has ended with code {code}", file=sys.stderr)
+
+
+def loss_chart(training: str | Path, title: str, target: Path) -> None:
+    """Draw the losses in ``history.csv`` and ``batches.csv`` of the folder ``training``, as far as they exist."""
+    files = {name: Path(training, f"{name}.csv") for name in ("history", "batches")}
+    (chart,) = _charts({name: read_csv(file) if file.exists() else [] for name, file in files.items()}, "loss")
     # By default, the legend has a circle for each series. The series are a line, triangles and circles.
     names = [name for name, _ in FIELDS.values()]
     shapes = ["M-1,-.15h2v.3h-2Z", "triangle-up", "circle"]
@@ -56,12 +90,27 @@ def loss_chart(history: Rows, batches: Rows, title: str, target: Path) -> None:
     render([[{**chart, "width": 560}]], title, target)
 
 
-def evaluation_chart(breakdown: Breakdown, compared: Rows, title: str, target: Path) -> None:
-    """Draw five charts: the tables of an evaluation, and rows with a ``model`` and its ``loss`` to compare."""
-    tables = {"baselines": compared, **breakdown.tables()}
-    tables["characters"] = sorted(tables["characters"], key=lambda row: -row["share"])[:MAX_CHARACTERS]
+def evaluation_chart(tables: dict[str, Rows], title: str, target: Path) -> None:
+    """Draw the tables of an evaluation by name: those of its breakdown, and the losses of models (``baselines``)."""
+    characters = sorted(tables["characters"], key=lambda row: -row["share"])[:MAX_CHARACTERS]
     rows = [("baselines", "calibration", "positions"), ("characters", "confusions")]
-    render([_charts(tables, *names) for names in rows], title, target)
+    render([_charts(tables | {"characters": characters}, *names) for names in rows], title, target)
+
+
+CHARTS: dict[str, Callable[..., None]] = {chart.__name__: chart for chart in (loss_chart, evaluation_chart)}
+"""Charts by name."""
+
+
+def main() -> None:
+    """Draw the charts that a :class:`Renderer` asks for, one line of standard input each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the other process, which decides what ends
+    for line in sys.stdin:
+        name, *arguments, target = json.loads(line)
+        try:
+            Path(target).parent.mkdir(exist_ok=True)
+            CHARTS[name](*arguments, Path(target))
+        except Exception as error:
+            print(f"minigpt: {name.replace('_', ' ')} failed: {error}", file=sys.stderr)
 
 
 def render(rows: list[Rows], title: str, target: Path) -> None:
@@ -149,3 +198,7 @@ def _has_glyph(character: str) -> bool:
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40">{text}</svg>'
     drawn, missing = (vl_convert.svg_to_png(svg.format(html.escape(one))) for one in (character, "\u0378"))
     return bool(drawn != missing)
+
+
+if __name__ == "__main__":
+    main()

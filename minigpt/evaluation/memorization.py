@@ -125,7 +125,11 @@ def _extend(text: Ids, starts: Ids, labels: Ids, length: int, n_characters: int)
 
 def _rank(values: Ids, distinct: Ids) -> Ids:
     """Return the rank of each value among sorted, distinct values; -1 for a value that is not among them."""
-    if not len(distinct):
+    if not len(distinct) or not len(values):
         return np.full(len(values), -1)
+    if (limit := max(values.max(), distinct[-1]) + 1) <= len(values):  # a table, faster than a search in most rounds
+        table = np.full(limit, -1)
+        table[distinct] = np.arange(len(distinct))
+        return np.where(values < 0, -1, table[values])
     ranks = np.minimum(np.searchsorted(distinct, values), len(distinct) - 1)
     return np.where(distinct[ranks] == values, ranks, -1)

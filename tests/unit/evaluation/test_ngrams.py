@@ -6,7 +6,7 @@ from helpers.workspace import ROOT, SHAKESPEARE
 
 from minigpt.data.unicode import code_points
 from minigpt.evaluation import ngrams
-from minigpt.evaluation.ngrams import NGrams, count_ngrams, discounts, score_ngrams
+from minigpt.evaluation.ngrams import NGrams, count_ngrams, discounts, distinct, score_ngrams
 
 
 def markov(order, vocab_size, length, seed=0):
@@ -89,6 +89,13 @@ def test_every_order_matches_the_formulas():
         val = random.integers(0, 4, length)
         expected = [brute_force(train, val, 4, order) for order in range(1, 7)]
         np.testing.assert_allclose(model.nats(val)[:, -1], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_distinct_keys_are_the_same_by_tables_and_by_sorting(size):
+    keys = np.random.default_rng(size).integers(0, size, 1000)
+    for table, by_sorting in zip(distinct(keys, size), distinct(keys, len(keys) + 1), strict=True):
+        np.testing.assert_array_equal(table, by_sorting)
 
 
 def test_trigram_reaches_the_entropy_of_a_source_of_order_two():
