@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params, program
@@ -79,11 +80,13 @@ def main() -> None:
     test = score_text("test", model, corpus.test, tokenizer, files=files["test"])[0] if corpus.test else None
     val, losses = score_validation(model, corpus, stride, breakdown, files["val"])
     baselines, versus_ngram = score_baselines(ngrams, corpus, losses)
+    compared = compare(val, baselines)
+    tables = {"baselines": compared, **breakdown.tables()}
+    renderer.draw(charts.evaluation_chart, tables, settings.data.source, name="evaluate/evaluation.png")
     train = score_training(model, corpus.train, settings.evaluate.train_chars)
     metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
     metrics = ({"test": test} if test else {}) | metrics
     rows = [row for name, recorder in files.items() for row in recorder.rows(name)]
-    compared = compare(metrics)
     with atomic_directory(RESULTS / "evaluate") as folder:
         breakdown.write(folder)
         losses.save(folder)
@@ -92,7 +95,8 @@ def main() -> None:
             write_csv(folder / by_file.FILE, rows)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "scores.json", scores(metrics, require_json(RESULTS / "train" / "metrics.json", "metrics")))
-    track(tracker, settings, metrics, {"baselines": compared, **breakdown.tables()}, renderer)
+    renderer.finish()
+    track(tracker, settings, metrics, renderer.folder)
 
 
 def start_counting() -> Future[NGrams]:
@@ -263,25 +267,16 @@ def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(val: dict[str, Any], baselines: dict[str, float]) -> list[dict[str, Any]]:
     """Return the losses of the model and of the n-gram models as rows of a table."""
-    losses = {"this model": metrics["val"]["loss"]} | metrics["baselines"]
+    losses = {"this model": val["loss"]} | baselines
     return [{"model": name, "loss": loss} for name, loss in losses.items() if name != "characters"]
 
 
-def track(
-    tracker: Tracker,
-    settings: params.Params,
-    metrics: dict[str, Any],
-    tables: dict[str, list[dict[str, Any]]],
-    renderer: charts.Renderer,
-) -> None:
-    """Add the results, and charts of them and of the training, to the MLflow run of the model."""
-    renderer.draw(charts.evaluation_chart, tables, settings.data.source, name="evaluate/evaluation.png")
+def track(tracker: Tracker, settings: params.Params, metrics: dict[str, Any], pictures: Path) -> None:
+    """Add the results, and pictures of them and of the training, to the MLflow run of the model."""
     tracker.journal.artifact(RESULTS / "evaluate")
-    tracker.upload()  # while the chart is drawn
-    renderer.finish()
-    for folder in renderer.folder.iterdir():
+    for folder in pictures.iterdir():
         tracker.journal.artifact(folder)
     tracker.note(RESULTS, "train", "evaluate")
     numbers = {name: value for name, value in params.flatten(metrics).items() if not isinstance(value, str)}
