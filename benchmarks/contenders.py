@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import browser, generation, pipeline, training  # noqa: F401 - each enters its contenders
-from benchmarks.common import MEASURES, ROOT, SETTLED, NotMeasuredError
+from benchmarks.common import MEASURES, SETTLED, SHAKESPEARE, NotMeasuredError
 from minigpt.runtime import cpu
 
 __all__ = ["MEASURES", "main"]
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("measure", choices=MEASURES)
     parser.add_argument("contender")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "shakespeare.txt")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE)
     parser.add_argument("--loss", type=float, default=1.88)
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--round", type=int, default=0)

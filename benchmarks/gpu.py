@@ -297,11 +297,13 @@ def ddp(options: argparse.Namespace) -> Figures:
 
 def run_measure(name: str, options: argparse.Namespace, limit: float) -> dict[str, Any]:
     """Run one measure in a process of its own; a failure is the value of ``missing``."""
+    if limit <= 0:
+        return {"missing": f"not started: the {SECONDS} s for all measures are over"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", name, "--device", options.device]
     command += ["--text", str(options.text)]
     began = time.monotonic()
     try:
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(0.1, limit))
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"missing": f"not finished in the {limit:.0f} s that were left"}
     if ran.returncode:

@@ -43,7 +43,7 @@ def write_text(target: Path, megabytes: int, files: int = 1) -> None:
 
 
 def watched(module: str, folder: Path, shown: str = "") -> dict[str, Any]:
-    """Run a stage in ``folder``; yield its seconds, those until it printed ``shown``, and its processes' peaks."""
+    """Run a stage in ``folder``; return its seconds, those until it printed ``shown``, and its processes' peaks."""
     since, peaks, first = time.perf_counter(), dict[int, dict[str, float]](), None
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_"))}
     with (folder / "said.txt").open("w+") as said:

@@ -24,13 +24,17 @@ class PeerLostError(Exception):
     """Failure of another process of the job, or of the connection to it."""
 
 
-def environment_number(name: str, default: float, least: float = 0, greatest: float = 1e9) -> float:
+LARGEST = 1e9
+"""Largest number that an environment variable may have."""
+
+
+def environment_number(name: str, default: float, least: float = 0) -> float:
     """Return the number in an environment variable, or the default if it is not set or empty."""
     text = os.environ.get(name) or str(default)
     with suppress(ValueError):
-        if least <= (value := float(text)) <= greatest:
+        if least <= (value := float(text)) <= LARGEST:
             return value
-    raise UserError(f"{name}: expected a number from {least:g} to {greatest:g}, got {text!r:.80}")
+    raise UserError(f"{name}: expected a number from {least:g} to {LARGEST:g}, got {text!r:.80}")
 
 
 def environment_integer(name: str, default: int, least: int = 0) -> int:

@@ -3,6 +3,7 @@
 import csv
 import errno
 import glob
+import io
 import json
 import os
 import re
@@ -192,18 +193,16 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file, with numbers as floats, and None for an empty cell."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: read_cell(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+def parse_csv(text: str) -> list[dict[str, Any]]:
+    """Return the rows of a CSV table, with numbers as floats, and None for an empty cell."""
 
+    def parse(cell: Any) -> Any:
+        try:
+            return float(cell)
+        except (ValueError, TypeError):  # text, or a list of the cells that are too many
+            return cell or None
 
-def read_cell(cell: str | None) -> Any:
-    """Return a cell of a CSV file: a float, a text, or None if it is empty."""
-    try:
-        return float(cell or "")
-    except ValueError:
-        return cell or None
+    return [{name: parse(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

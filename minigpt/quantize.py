@@ -131,14 +131,17 @@ def rounded_copy(model: GPT, dtype: WeightDtype) -> GPT:
 def loss_by_weights(model: GPT, loss: Callable[[GPT], float]) -> dict[str, float]:
     """Return the loss with weights of each dtype, with the activations that :func:`quantize` gives the model.
 
-    If the model computes in bfloat16 already, ``loss`` is called with the model itself for bfloat16 weights, which it
-    may recognize to save a pass.
+    Where the model computes the same, ``loss`` is called with the model itself, which it may recognize to save a pass.
     """
     device = model.embedding.weight.device
     losses = {}
     for dtype in get_args(WeightDtype):
+        compute = torch.bfloat16 if dtype != "float32" and has_bfloat16(device) else None
+        # Linear maps cast their weights to the compute dtype.
+        if compute == model.compute_dtype and dtype == ("float32" if compute is None else "bfloat16"):
+            losses[dtype] = loss(model)
+            continue
         variant = rounded_copy(model, dtype)
-        variant.compute_dtype = torch.bfloat16 if dtype != "float32" and has_bfloat16(device) else None
-        same = dtype == "bfloat16" and variant.compute_dtype == model.compute_dtype == torch.bfloat16
-        losses[dtype] = loss(model if same else variant)
+        variant.compute_dtype = compute
+        losses[dtype] = loss(variant)
     return losses

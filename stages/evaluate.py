@@ -1,6 +1,6 @@
 """Score the trained model on every character, compare it with n-gram models, and break its loss down.
 
-python -m stages.evaluate        models/gpt, data/prepared, results/train/metrics.json
+python -m stages.evaluate        models/gpt, data/prepared, results/train/{metrics,run}.json, {history,batches}.csv
                                  -> results/evaluate/{scores.json,metrics.json,losses.npz,*.csv}
 
 If there is a test split, this is the only stage that reads it.
@@ -53,7 +53,7 @@ def main() -> None:
     cpu.configure_cpu()  # before torch is imported
     counting = start_counting()  # meanwhile, torch is imported
     renderer = charts.Renderer()  # likewise
-    renderer.draw(charts.loss_chart, RESULTS / "train", settings.data.source, name="train/loss.png")
+    renderer.draw(charts.loss_chart, str(RESULTS / "train"), settings.data.source, name="train/loss.png")
     from minigpt import export
     from minigpt.data import dataset, splits
     from minigpt.evaluation import by_file
@@ -80,17 +80,16 @@ def main() -> None:
     test = score_text("test", model, corpus.test, tokenizer, files=files["test"])[0] if corpus.test else None
     val, losses = score_validation(model, corpus, stride, breakdown, files["val"])
     baselines, versus_ngram = score_baselines(ngrams, corpus, losses)
-    compared = compare(val, baselines)
-    tables = {"baselines": compared, **breakdown.tables()}
+    tables = {"baselines": baseline_rows(val, baselines), **breakdown.tables()}
     renderer.draw(charts.evaluation_chart, tables, settings.data.source, name="evaluate/evaluation.png")
     train = score_training(model, corpus.train, settings.evaluate.train_chars)
-    metrics = {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
-    metrics = ({"test": test} if test else {}) | metrics
+    metrics = {"test": test} if test else {}
+    metrics |= {"val": val, "train": train, "baselines": baselines, "versus_ngram": versus_ngram}
     rows = [row for name, recorder in files.items() for row in recorder.rows(name)]
     with atomic_directory(RESULTS / "evaluate") as folder:
-        breakdown.write(folder)
+        for name, table in tables.items():
+            write_csv(folder / f"{name}.csv", table)
         losses.save(folder)
-        write_csv(folder / "baselines.csv", compared)
         if rows:
             write_csv(folder / by_file.FILE, rows)
         write_json(folder / "metrics.json", metrics)
@@ -267,7 +266,7 @@ def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(val: dict[str, Any], baselines: dict[str, float]) -> list[dict[str, Any]]:
+def baseline_rows(val: dict[str, Any], baselines: dict[str, float]) -> list[dict[str, Any]]:
     """Return the losses of the model and of the n-gram models as rows of a table."""
     losses = {"this model": val["loss"]} | baselines
     return [{"model": name, "loss": loss} for name, loss in losses.items() if name != "characters"]

@@ -93,8 +93,7 @@ def write_results(result: TrainResult, tracker: Tracker, source: str) -> None:
     """Write history, samples and metrics, and run.json, which names the run for the later stages."""
     with atomic_directory(RESULTS / "train") as folder:
         write_csv(folder / "history.csv", result.history)
-        if result.batches:
-            write_csv(folder / "batches.csv", result.batches)
+        write_csv(folder / "batches.csv", result.batches)
         if result.samples:
             write_csv(folder / "samples.csv", result.samples)
         write_json(folder / "metrics.json", result.metrics)
@@ -117,23 +116,17 @@ def check_decoder(device: torch.device) -> None:
 
 def record(result: TrainResult, tracker: Tracker) -> None:
     """Record the metrics and the packaged model in the MLflow run."""
+    from minigpt.generation.package import package
+
     metrics = result.metrics
     tracker.results("train", metrics)
     tracker.journal.params({"parameters": metrics["parameters"]})
     tracker.journal.artifact(RESULTS / "train" / "history.csv", "train")
     with tempfile.TemporaryDirectory() as temporary:
-        packaged = Path(temporary) / "model"
-        tracker.attempt("packaged model", lambda: tracker.model(package(packaged)))
+        folder = Path(temporary) / "model"
+        tracker.attempt("packaged model", lambda: tracker.model(package(MODEL, folder)))
     tracker.note(RESULTS, "train")
     tracker.journal.tags({"throughput": f"{metrics['chars_per_second']:,} characters/s"})
-
-
-def package(target: Path) -> Path:
-    """Package the exported model as an MLflow model in the folder ``target``, and return that folder."""
-    from minigpt.generation import package
-
-    package.package(MODEL, target)
-    return target
 
 
 if __name__ == "__main__":

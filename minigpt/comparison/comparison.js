@@ -21,7 +21,8 @@ function showResults() {
   $("title").textContent = facts.names.join(" and ");
   $("noscript").remove();
   $("verdicts").append(...facts.pairs.map(({ verdict }) => el("li", {}, verdict)));
-  const row = ([name, ...cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => el("td", {}, cell)));
+  const row = ([name, ...cells]) =>
+    el("tr", {}, el("th", { scope: "row" }, name), cells.map((cell) => el("td", {}, cell)));
   const head = el("tr", {}, el("td", {}), facts.names.map((name) => el("th", { scope: "col" }, name)));
   $("results").append(el("thead", {}, head), el("tbody", {}, facts.results.map(row)),
     el("tbody", { class: "params" }, facts.params.map(row)));
@@ -30,7 +31,9 @@ function showResults() {
 // Without the evaluation before the training, which would flatten the rest.
 function showCurves() {
   const known = facts.histories.map((rows) => rows.filter((row) => row.step > 0));
-  if (!known.some((rows) => rows.length > 1)) return $("curves").append("No training has two evaluations after step 0, so there is no curve.");
+  if (!known.some((rows) => rows.length > 1)) {
+    return $("curves").append("No training has two evaluations after step 0, so there is no curve.");
+  }
   const series = known.map((rows) => ({ points: rows.map((row) => [row.step, row.val_loss]) }));
   const label = "Validation loss at each evaluation of " + facts.names.join(" and ");
   const chart = lineChart(() => ({ label, xName: "step", yName: "nats per character", series }));
@@ -98,7 +101,8 @@ class Reader {
     this.sheet = el("div", { class: "text still prose", tabindex: 0, role: "region", "aria-label": "Validation text" });
     this.status = el("p", { class: "stats", role: "status" });
     this.place = el("input", {
-      type: "range", min: 0, max: Math.max(0, Math.ceil(characters.length / WINDOW) - 1), value: 0, "aria-label": "Place in the text",
+      type: "range", min: 0, max: Math.max(0, Math.ceil(characters.length / WINDOW) - 1), value: 0,
+      "aria-label": "Place in the text",
       oninput: () => this.show(Number(this.place.value)),
     });
     this.buttons = el("div", { class: "actions" });
@@ -123,7 +127,8 @@ class Reader {
       });
       return button;
     };
-    this.buttons.replaceChildren(jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1),
+    this.buttons.replaceChildren(
+      jump(`Where ${pair.names[0]} gains most`, 1), jump(`Where ${pair.names[1]} gains most`, -1),
       pair.key(), el("span", { class: "muted small" }, `strongest shade: ${FULL} nats or more`));
     this.show(Number(this.place.value));
   }
@@ -181,8 +186,11 @@ function start() {
     reader?.open(pair);
   };
   if (facts.pairs.length > 1) {
-    const options = facts.pairs.map(({ models }, n) => el("option", { value: n }, models.map((m) => facts.names[m]).join(" and ")));
-    $("choice").append(el("label", { for: "models" }, "Compare"), el("select", { id: "models", onchange: (event) => show(event.target.value) }, options));
+    const names = ({ models }) => models.map((model) => facts.names[model]).join(" and ");
+    const options = facts.pairs.map((pair, n) => el("option", { value: n }, names(pair)));
+    $("choice").append(
+      el("label", { for: "models" }, "Compare"),
+      el("select", { id: "models", onchange: (event) => show(event.target.value) }, options));
   }
   show(0);
 }

@@ -6,7 +6,6 @@ remote. Results are those of the params in ``dvc.lock``: ``params.yaml`` may hav
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 from minigpt import params
 from minigpt.errors import UserError
 from minigpt.evaluation.character_losses import FILE, CharacterLosses
-from minigpt.files import is_run_key, read_cell
+from minigpt.files import is_run_key, parse_csv
 from minigpt.git import git
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import resolve_tracking_uri
@@ -173,7 +172,7 @@ class Experiment:
     def table(self, path: str) -> list[Row]:
         """Return the rows of a CSV file below ``results``, with numbers as numbers; empty if there is none."""
         text = (self.files.read(RESULTS / path) or b"").decode("utf-8", "replace")
-        return [{name: read_cell(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+        return parse_csv(text)
 
     @cached_property
     def losses(self) -> CharacterLosses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +59,6 @@ def facts(chosen: Sequence[Experiment]) -> dict[str, Any]:
         "params": params,
         "pairs": [{"models": pair, "verdict": compare_pair(chosen[pair[0]], chosen[pair[1]])} for pair in pairs],
         "histories": [_history(each) for each in chosen],
-        "segment": chosen[0].losses.segment,
         "batches": paired.BATCHES,
         "nats": [_pack(each.losses.nats / each.losses.lengths) for each in chosen],
         "text": _text(chosen[0]),
@@ -70,7 +70,9 @@ def _history(experiment: Experiment) -> list[dict[str, Any]]:
     names = ("step", "train_loss", "val_loss")
     rows = experiment.table("train/history.csv")
     return [
-        {name: row[name] for name in names} for row in rows if all(isinstance(row.get(name), float) for name in names)
+        {name: row[name] for name in names}
+        for row in rows
+        if all(isinstance(row.get(name), float) and math.isfinite(row[name]) for name in names)
     ]
 
 

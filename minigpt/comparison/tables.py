@@ -42,7 +42,7 @@ BEST = "best"
 MEANING = "After ±: standard error of the loss or of the difference, for text like the validation split."
 ABOUT_MODELS = "Verdicts are about these trained models; --seeds shows how much the seed alone changes a loss."
 LUCK = '"=" before a difference: its 95 % interval includes 0, so it may be luck.'
-OTHER_TEXT = "Below an empty line: another text. Losses on different texts cannot be compared."
+OTHER_TEXT = "Below an empty line: another text, or an unknown one. Such losses cannot be compared."
 
 
 def overview(seeds: bool = False) -> str:
@@ -70,7 +70,7 @@ def overview(seeds: bool = False) -> str:
         train = each.metrics("train")
         table.append([
             each.name + mark, *([_loss(each, "test")] if tested else []), _loss(each),
-            BEST if each is best else _to_best(best, each),
+            BEST if each is best and _text(best) else _to_best(best, each),
             _count(train.get("parameters")), duration(train.get("train_seconds")), changes(reference, each.params),
         ])  # fmt: skip
     notes = [MEANING, *([LUCK] if any(cell.startswith("= ") for row in table for cell in row) else []), ABOUT_MODELS]
@@ -174,7 +174,7 @@ def verdicts(chosen: Sequence[Experiment]) -> list[str]:
     """Return one sentence on each pair."""
     pairs = list(itertools.combinations(chosen, 2))
     if len(pairs) > MAX_PAIRS:
-        best = min(chosen, key=lambda each: each.val_loss or math.inf)
+        best = min(chosen, key=lambda each: math.inf if each.val_loss is None else each.val_loss)
         pairs = [(best, each) for each in chosen if each is not best]
     return [compare_pair(first, second) for first, second in pairs]
 
@@ -237,8 +237,8 @@ def group_by_seed(chosen: Iterable[Experiment]) -> list[list[Experiment]]:
 
 def _text_and_params(experiment: Experiment) -> tuple[str, Any]:
     """Return the digest of the validation text, and the params except for the seed."""
-    params = experiment.params.items()
-    return _text(experiment), tuple(sorted((name, str(value)) for name, value in params if name != SEED))
+    values = experiment.params.items()
+    return _text(experiment), tuple(sorted((name, str(value)) for name, value in values if name != SEED))
 
 
 def _by_text(rows: Sequence[Row], text: Callable[[Row], str], loss: Callable[[Row], float]) -> list[Row]:
@@ -262,12 +262,12 @@ def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str
             table.append([])
         spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
         setting, others = (
-            {name: value for name, value in params.items() if name != SEED} for params in (group[0].params, reference)
+            {name: value for name, value in values.items() if name != SEED} for values in (group[0].params, reference)
         )
         name = group[0].name if len(group) == 1 else f"{group[0].name.split(', ')[0]} and {len(group) - 1} more"
         difference = BEST if pair is best else mean_difference(best[0], found)
         mean = f"{statistics.mean(found):.4f}{spread}"
-        table.append([name, mean, str(len(group)), difference, changes(others, setting)])
+        table.append([name, mean, str(len(group)), difference if _text(group[0]) else "", changes(others, setting)])
     notes = [
         "After ± of a loss: standard deviation over the seeds. After ± of a difference: its standard error.",
         '"=" before a difference: it may be the luck of the seeds. "one seed": too few for a difference; take three.',

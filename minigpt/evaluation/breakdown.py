@@ -2,7 +2,6 @@
 
 import math
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from minigpt.data.dataset import EvalBatch
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.evaluation.loss import Score, window_sums
-from minigpt.files import write_csv
 
 BINS = 15
 """Bins of equal width for the probabilities, as in Guo et al. (2017)."""
@@ -52,7 +50,8 @@ class Breakdown:
         nats, logits, targets = nats[:, start:], logits[:, start:], batch.targets[:, start:]
         self._positions[0, start:stop] += nats.double().sum(0)
         self._positions[1, start:stop] += nats.size(0)
-        self._add_lengths(nats.double() @ self._lengths[start:stop], self._lengths[start:stop].sum(0))
+        sums = nats.double() @ self._lengths[start:stop]  # of each window, by bins of context lengths: (B, bins)
+        self._windows += window_sums(sums, self._lengths[start:stop].sum(0).expand_as(sums))
         highest, predictions = logits.max(-1)
         target_logits = logits.gather(-1, targets[..., None])[..., 0]
         # The probability of the prediction, without a softmax: ln p = logit - logsumexp for each character.
@@ -67,10 +66,6 @@ class Breakdown:
         self._counts.append(torch.ones_like(targets))
         if sum(map(len, self._pairs)) > MERGE_AT:
             self._merge()
-
-    def _add_lengths(self, nats: Tensor, counts: Tensor) -> None:
-        """Add windows, given the nats of each in the bins of context lengths, (B, bins), and the characters, (bins)."""
-        self._windows += window_sums(nats, counts.expand_as(nats))
 
     def _merge(self) -> None:
         """Store each pair once, with its count."""
@@ -152,11 +147,6 @@ class Breakdown:
         """Return the tables by name."""
         tables = (self.positions, self.context, self.characters, self.confusions, self.calibration)
         return {table.__name__: table() for table in tables}
-
-    def write(self, folder: Path) -> None:
-        """Write each table as a CSV file."""
-        for name, rows in self.tables().items():
-            write_csv(folder / f"{name}.csv", rows)
 
 
 def _bin_lengths(block_size: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 ``dvc.yaml`` has titles, labels and columns, and ``.dvc/plots`` has Vega-Lite templates. They are filled in as by
 ``dvc plots show``, but with one color per column, while DVC has one per revision.
+
+``python -m minigpt.evaluation.charts`` draws what a :class:`Renderer` in another process asks for.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import functools
 import html
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,12 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import yaml
 
 from minigpt.errors import UserError
-from minigpt.files import read_csv
+from minigpt.files import parse_csv
 
 Rows = list[dict[str, Any]]
 
@@ -57,27 +58,34 @@ class Renderer:
         self._temporary = tempfile.TemporaryDirectory(prefix="minigpt-")
         self.folder = Path(self._temporary.name)
         command = [sys.executable, "-m", "minigpt.evaluation.charts"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8")
-        self._requests = cast("TextIO", self._process.stdin)
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            # In a session of its own, so that Ctrl-C reaches only this process. It ends with its input.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+        except OSError as error:
+            print(f"minigpt: no charts, because no process can be started: {error.strerror}", file=sys.stderr)
+            return
         weakref.finalize(self, self._process.kill)  # before the folder is removed
 
     def draw(self, chart: Callable[..., None], *arguments: Any, name: str) -> None:
         """Begin to draw one of :data:`CHARTS`, whose last argument is the file ``name``. A failure is reported."""
-        with suppress(BrokenPipeError):  # `finish` reports it
-            request = json.dumps([chart.__name__, *arguments, str(self.folder / name)], default=str)
-            print(request, file=self._requests, flush=True)
+        if self._process and self._process.stdin:
+            with suppress(BrokenPipeError):  # `finish` reports it
+                request = json.dumps([chart.__name__, *arguments, str(self.folder / name)])
+                print(request, file=self._process.stdin, flush=True)
 
     def finish(self) -> None:
         """Wait until all charts are drawn."""
-        self._process.communicate()
-        if code := self._process.returncode:
-            print(f"minigpt: the process that draws charts has ended with code {code}", file=sys.stderr)
+        if self._process:
+            self._process.communicate()
+            if code := self._process.returncode:
+                print(f"minigpt: the process that draws charts has ended with code {code}", file=sys.stderr)
 
 
-def loss_chart(training: str | Path, title: str, target: Path) -> None:
-    """Draw the losses in ``history.csv`` and ``batches.csv`` of the folder ``training``, as far as they exist."""
-    files = {name: Path(training, f"{name}.csv") for name in ("history", "batches")}
-    (chart,) = _charts({name: read_csv(file) if file.exists() else [] for name, file in files.items()}, "loss")
+def loss_chart(training: str, title: str, target: Path) -> None:
+    """Draw the losses in ``history.csv`` and ``batches.csv`` of the folder ``training`` over the step."""
+    tables = {name: parse_csv(Path(training, f"{name}.csv").read_text("utf-8")) for name in ("history", "batches")}
+    (chart,) = _charts(tables, "loss")
     # By default, the legend has a circle for each series. The series are a line, triangles and circles.
     names = [name for name, _ in FIELDS.values()]
     shapes = ["M-1,-.15h2v.3h-2Z", "triangle-up", "circle"]
@@ -103,7 +111,6 @@ CHARTS: dict[str, Callable[..., None]] = {chart.__name__: chart for chart in (lo
 
 def main() -> None:
     """Draw the charts that a :class:`Renderer` asks for, one line of standard input each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the other process, which decides what ends
     for line in sys.stdin:
         name, *arguments, target = json.loads(line)
         try:

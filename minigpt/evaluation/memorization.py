@@ -127,7 +127,7 @@ def _rank(values: Ids, distinct: Ids) -> Ids:
     """Return the rank of each value among sorted, distinct values; -1 for a value that is not among them."""
     if not len(distinct) or not len(values):
         return np.full(len(values), -1)
-    if (limit := max(values.max(), distinct[-1]) + 1) <= len(values):  # a table, faster than a search in most rounds
+    if (limit := int(max(values.max(), distinct[-1])) + 1) <= len(values):  # a table is faster in most rounds
         table = np.full(limit, -1)
         table[distinct] = np.arange(len(distinct))
         return np.where(values < 0, -1, table[values])

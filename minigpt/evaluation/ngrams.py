@@ -81,7 +81,7 @@ class NGrams:
         contexts, n_contexts = np.zeros(len(tokens) + 1, np.int64), 1
         for n in range(1, self.order + 1):
             keys = contexts[:-1] * vocab_size + tokens[n - 1 :]
-            grams, first, labels, counts = distinct(keys, n_contexts * vocab_size)
+            grams, first, labels, counts = unique(keys, n_contexts * vocab_size)
             if n > 1:  # each distinct n-gram is one distinct character before the shorter n-gram that ends it
                 before = np.bincount(contexts[first + 1], minlength=n_contexts)
                 before[contexts[:1]] += 1  # the start of the text counts as a character, too
@@ -110,10 +110,11 @@ class NGrams:
         return result
 
 
-def distinct(keys: Ids, limit: int) -> tuple[Ids, Ids, Ids, Ids]:
-    """Return the sorted distinct keys, the first position of each, the rank of every key, and the count of each.
+def unique(keys: Ids, limit: int) -> tuple[Ids, Ids, Ids, Ids]:
+    """Return the same as :func:`numpy.unique` of keys below ``limit``, with all of its optional results.
 
-    All keys are below ``limit``. If it is small, tables replace the sorting, in a fifth of the time.
+    These are the sorted distinct keys (K,), the first position of each (K,), the rank of every key (len(keys),), and
+    the count of each distinct key (K,). If ``limit`` is small, tables replace the sorting, in a fifth of the time.
     """
     if limit > len(keys):
         return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)

@@ -50,7 +50,8 @@ struct Model {
     const void *positions;  // learned ones, (block_size, C), or null
     Norm norm;
     Linear head;
-    int64_t n_layer, n_head, head_size, n_embd, hidden, taps, recent, vocabulary, window, activation, embd_norm, qk_norm;
+    int64_t n_layer, n_head, head_size, n_embd, hidden, taps, recent, vocabulary, window, activation, embd_norm,
+        qk_norm;
 };
 
 struct Call {
@@ -267,8 +268,8 @@ Vector<Real> sums_of_lanes(Vector<Real> *vectors) {
     return vectors[0];
 }
 
-// Attend from one query to slots begin to end - 1. SIZE is size where it is known at compile time, else 0. room has space
-// for the channels, the slots and a vector.
+// Attend from one query to slots begin to end - 1. SIZE is size where it is known at compile time, else 0. room has
+// space for the channels, the slots and a vector.
 template <int SIZE, class Real, class Stored, class Input>
 void attend(const Real *query, const Stored *keys, const Stored *values, int64_t begin, int64_t end, int64_t size,
             Real *room, Input *y) {
@@ -353,7 +354,8 @@ void forward(const Model &model, const Call &call) {
             Stored *const values = keys + B * H * slots * S;
 #pragma omp for
             for (int64_t row = 0; row < rows; row++) normalize(x + row * C, C, layer.norm1, z + row * narrow);
-            apply<Real, Weight>(layer.qkv, z, rows, [&](int64_t row, int64_t o, Real y) { qkv[row * 3 * H * S + o] = y; });
+            apply<Real, Weight>(layer.qkv, z, rows,
+                                [&](int64_t row, int64_t o, Real y) { qkv[row * 3 * H * S + o] = y; });
 #pragma omp for schedule(static)
             for (int64_t head = 0; head < B * H; head++) {
                 const int64_t sequence = head / H, h = head % H;
@@ -369,7 +371,9 @@ void forward(const Model &model, const Call &call) {
                     std::copy_n(new_k + H * S, S, v + slot * S);
                     // The causal mask: slots from begin to this one, and none after it.
                     const int64_t begin = std::max<int64_t>(0, slot + 1 - model.window);
-                    const auto attention = S == 64 ? attend<64, Real, Stored, Input> : S == 32 ? attend<32, Real, Stored, Input> : attend<0, Real, Stored, Input>;
+                    const auto attention = S == 64   ? attend<64, Real, Stored, Input>
+                                           : S == 32 ? attend<32, Real, Stored, Input>
+                                                     : attend<0, Real, Stored, Input>;
                     attention(q, k, v, begin, slot + 1, S, &scores[head * room], &mixed[row * attended + h * S]);
                 }
             }

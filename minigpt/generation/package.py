@@ -22,8 +22,8 @@ REQUIREMENTS = ["torch", "numpy", "pydantic", "safetensors", "tqdm", "filelock",
 EXAMPLE = "input_example.json"
 
 
-def package(model: Path, target: Path) -> None:
-    """Write the exported model ``model`` as an MLflow model to ``target``, with the code that it needs.
+def package(model: Path, target: Path) -> Path:
+    """Write the exported model ``model`` as an MLflow model to ``target``, with its code, and return ``target``.
 
     The files are those of ``mlflow.pyfunc.save_model`` with serving.py as ``python_model``; a test compares them.
     """
@@ -71,6 +71,7 @@ def package(model: Path, target: Path) -> None:
         "utc_time_created": str(datetime.now(timezone.utc).replace(tzinfo=None)),
     }
     _write_yaml(target / "MLmodel", described)
+    return target
 
 
 def signature() -> dict[str, str]:

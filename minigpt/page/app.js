@@ -38,8 +38,8 @@ function connectDisplay() {
   }
 }
 
-function describe({ models, run = {} }) {
-  const names = models.map((model) => model.name), { parameters, source } = run;
+function describe({ models }) {
+  const names = models.map((model) => model.name), { parameters, source } = models[0].run;
   const origin = source ? `, trained on ${source}` : "", size = parameters ? ` of ${whole(parameters)} parameters` : "";
   $("title").textContent = names.join(" and ");
   $("subtitle").textContent = names.length > 1

@@ -17,7 +17,8 @@ function lineChart(describe) {
 }
 
 // Return the number of decimals that shows each tick exactly.
-const decimals = (found) => Math.max(...found.map((tick) => String(Number(tick.toPrecision(9))).split(".")[1]?.length ?? 0));
+const decimals = (found) =>
+  Math.max(...found.map((tick) => String(Number(tick.toPrecision(9))).split(".")[1]?.length ?? 0));
 
 function drawLines({ label, xName, yName, series, marker = null }, width, height) {
   const left = 44, right = 12, top = 28, bottom = 40, points = series.flatMap((line) => line.points);

@@ -21,9 +21,6 @@ from minigpt.model import GPT
 from minigpt.page.build import Facts, choose_dtype, pack, write_page
 from minigpt.params import SampleParams, SamplingParams, WeightFormat
 
-VERSION = 1
-"""Of the layout of the facts."""
-
 MAX_TEXT_BYTES = 2_000_000
 """Largest training text that a page contains, in UTF-8."""
 
@@ -75,7 +72,7 @@ def build_page(
         weights.append(packed)
         described.append(describe_model(page_model) | tensors | {"weights": f"weights{number}"})
     first = models[0]
-    facts = {"version": VERSION, "models": described, "run": described[0]["run"]}
+    facts = {"models": described}
     facts |= describe_sampling(sampling or _sampling_of(first.root), [each.tokenizer for each in models])
     if first.root:
         facts |= describe_training(first.root / "results")

@@ -84,8 +84,8 @@ const ACTIVATIONS = {
 
 // --------------------------------------------------------------------------------------------------- the KV cache
 
-// Keys, values and convolved inputs of the characters that a model has read. With more characters than slots, those that no later one
-// attends to are dropped.
+// Keys, values and convolved inputs of the characters that a model has read. With more characters than slots, those that
+// no later one attends to are dropped.
 class Cache {
   constructor(config) {
     this.window = Math.min(config.attention_window || config.block_size, config.block_size);

@@ -81,7 +81,8 @@ class Inspector {
     this.findCopied();
     // The shades of attention and of a unit are those of a selected character.
     const { shading, sheets: [first] } = this.desk;
-    if (["attention", "unit"].includes(shading) && this.index < 0 && first.length) return first.select(first.length - 1);
+    const needsOne = ["attention", "unit"].includes(shading);
+    if (needsOne && this.index < 0 && first.length) return first.select(first.length - 1);
     await this.refresh();
   }
 

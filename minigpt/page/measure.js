@@ -59,9 +59,9 @@ class Measure {
   }
 
   showResult() {
-    const { sheet, model } = this, { run, bigram } = this.desk.facts, average = mean(sheet.bits);
+    const { sheet, model } = this, { run } = model.facts, { bigram } = this.desk.facts, average = mean(sheet.bits);
     const rows = [["this text", average, true]];
-    if (run?.val_loss) rows.push(["validation text", bits(run.val_loss)]);
+    if (run.val_loss) rows.push(["validation text", bits(run.val_loss)]);
     if (bigram) rows.push(["this text, by a bigram", mean(bigramBits(sheet.ids, bigram))]);
     rows.push(["guessing", Math.log2(model.characters.length)]);
     this.note = el("p", { class: "stats muted", role: "status" }, "Select a character to see what the model expected.");
@@ -82,7 +82,7 @@ class Measure {
   }
 
   verdict(average) {
-    const validation = this.desk.facts.run?.val_loss, than = "surprising than the validation text";
+    const validation = this.model.facts.run.val_loss, than = "surprising than the validation text";
     if (!validation) return "";
     const ratio = average / bits(validation);
     if (ratio < 0.8) return `Much less ${than}: the model may know it, or it repeats itself.`;

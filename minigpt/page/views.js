@@ -29,7 +29,8 @@ function showTraining({ models, history = [], samples = [] }) {
   const play = el("button", { type: "button", onclick: () => playThrough(play, slider, move) }, "Play");
   $("view-training").replaceChildren(el("div", { class: "pages" },
     el("div", {},
-      el("h2", { class: "label" }, `How ${models.length > 1 ? models[0].name : "the model"} learned`), chart, lineKey(["training text", "validation text"]),
+      el("h2", { class: "label" }, `How ${models.length > 1 ? models[0].name : "the model"} learned`),
+      chart, lineKey(["training text", "validation text"]),
       el("div", { class: "slider" }, play, el("label", { for: "evaluation", class: "hidden" }, "Evaluation"), slider)),
     el("div", {}, heading, samples.length ? el("h2", { class: "label" }, "What it wrote then") : "", sample)));
   move();
@@ -38,8 +39,8 @@ function showTraining({ models, history = [], samples = [] }) {
 
 function describeHistory(rows) {
   const losses = rows.map((row) => bits(row.val_loss));
-  return `Training and validation loss at ${rows.length} evaluations. ` +
-    `The validation loss falls from ${fixed(losses[0])} to ${fixed(Math.min(...losses))} bits per character.`;
+  return `Training and validation loss at ${rows.length} evaluations. The validation loss ` +
+    `starts at ${fixed(losses[0])}, and its lowest value is ${fixed(Math.min(...losses))} bits per character.`;
 }
 
 // Move the slider from the first evaluation to the last, one a second; the same button stops it.
@@ -69,9 +70,9 @@ function showAbout(desk, page) {
   const save = (id, name, label, content) =>
     el("button", { type: "button", id, onclick: () => download(name, content()) }, label);
   $("view-about").replaceChildren(el("div", { class: "pages" },
-    models.map((model) => aboutModel(model, model.facts.run ?? facts.run ?? {}, several)),
+    models.map((model) => aboutModel(model, model.facts.run, several)),
     el("div", {},
-      several ? "" : comparison(facts.run ?? {}),
+      several ? "" : comparison(models[0].facts.run),
       el("section", {}, el("h2", { class: "label" }, "Take it with you"),
         el("div", { class: "actions" }, save("download-text", "text.txt", "Download the text", text),
           save("save-page", "page.html", "Save the page", page)),
@@ -111,7 +112,8 @@ function comparison({ baselines, val_loss: loss }) {
 
 function keys() {
   const rows = {
-    "Ctrl Enter": "write, or measure", Tab: "move to the text, then to the panels", "← →": "previous or next character",
+    "Ctrl Enter": "write, or measure", Tab: "move to the text, then to the panels",
+    "← →": "previous or next character",
     "↑ ↓": "the line above or below", "Home End": "start or end of the line; with Ctrl, of the text",
     Esc: "select nothing",
   };

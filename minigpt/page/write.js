@@ -340,7 +340,7 @@ class Desk {
   showStats() {
     for (const sheet of this.sheets) {
       const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
-      const validation = sheet.model.facts.run?.val_loss / Math.LN2;
+      const validation = sheet.model.facts.run.val_loss / Math.LN2;
       const parts = [
         `${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
         validation && `validation text ${fixed(validation)}`,

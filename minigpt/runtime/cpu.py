@@ -25,7 +25,7 @@ MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
 
 # A FileLock releases its file when it is garbage-collected, so these live as long as the process.
 _held_locks: list[ExitStack] = []
-_unbound_cores: set[int] = set()
+_cores_before_binding: set[int] = set()
 
 
 def configure_cpu(spin: bool = False) -> None:
@@ -142,7 +142,7 @@ def queue_worker() -> tuple[int, int]:
     return members.index(worker), len(members)
 
 
-def bind_threads(spin: bool = False) -> None:
+def bind_threads(spin: bool) -> None:
     """Bind one OpenMP thread to each core, so that no two threads share a core and stall at every barrier.
 
     Concurrent processes of a user cannot bind to the same core. The later one leaves its threads unbound, and lets them
@@ -154,7 +154,7 @@ def bind_threads(spin: bool = False) -> None:
     if not hold_locks(f"core-{core}" for core in cores):
         os.environ["OMP_WAIT_POLICY"] = "passive"
         return
-    _unbound_cores.update(cores)
+    _cores_before_binding.update(cores)
     os.environ |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} | ({"OMP_WAIT_POLICY": "active"} if spin else {})
 
 
@@ -163,8 +163,8 @@ def unbind_threads() -> None:
 
     GPU kernels are compiled by one process per available core, each of which imports torch.
     """
-    if _unbound_cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, _unbound_cores)
+    if _cores_before_binding and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _cores_before_binding)
         for name in ("OMP_PROC_BIND", "OMP_PLACES"):  # OpenMP has read them in this process
             os.environ.pop(name, None)
 

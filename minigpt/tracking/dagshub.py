@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from minigpt.errors import UserError
+from minigpt.files import require_root
 from minigpt.git import git
 from minigpt.tracking.credentials import REMOTE, cached_token, dagshub_host, dagshub_page
 from minigpt.tracking.journal import EXPERIMENT
@@ -56,8 +57,7 @@ def connect(repo: str, token: str) -> None:
     """Test the storage and MLflow of ``user/repo`` on DagsHub, set the remotes of DVC and git, and print a summary."""
     page = dagshub_page(repo)
     mask_stderr()
-    if not Path(".dvc").is_dir():
-        raise UserError(".dvc: no such folder; run this from the root of the repository")
+    require_root()
     if subprocess.run(["git", "check-ignore", "--quiet", ".dvc/config.local"], check=False).returncode:
         raise UserError(".dvc/config.local: git would track the token in this file; add it to .dvc/.gitignore")
     os.environ |= {"DAGSHUB_USER_TOKEN": token, "MLFLOW_TRACKING_USERNAME": token, "MLFLOW_TRACKING_PASSWORD": token}

@@ -24,16 +24,16 @@ def learning_rate(step: int, train: TrainParams) -> float:
     return train.final_lr_fraction + (1 - train.final_lr_fraction) * left
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Return nearly orthogonal matrices near ``matrices`` (batch, rows, columns), by Newton-Schulz iteration.
 
-    Five ``steps`` bring most singular values into about [0.7, 1.2]. Those far below the largest stay smaller.
+    Its five steps bring most singular values into about [0.7, 1.2]. Those far below the largest stay smaller.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # a quintic that drives singular values towards 1 (Jordan et al. 2024, "Muon")
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

@@ -11,7 +11,7 @@ import pytest
 from helpers.workspace import ROOT, python
 
 from minigpt import files
-from minigpt.files import atomic_directory, write_csv
+from minigpt.files import atomic_directory, parse_csv, write_csv
 
 
 def content(folder):
@@ -142,6 +142,10 @@ def test_csv_preserves_every_character(tmp_path):
     write_csv(tmp_path / "table.csv", rows)
     with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file)) == [{**row, "count": str(row["count"])} for row in rows]
+    assert parse_csv("a,b,c,d\n,1.5,x\n1,2,3,4,5\n") == [
+        {"a": None, "b": 1.5, "c": "x", "d": None},
+        {"a": 1, "b": 2, "c": 3, "d": 4, None: ["5"]},
+    ]
     write_csv(tmp_path / "empty.csv", [])
     assert not (tmp_path / "empty.csv").read_text().strip()
 

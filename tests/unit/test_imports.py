@@ -8,7 +8,7 @@ from helpers.workspace import ROOT, python
 
 BASE = {"params", "choices", "errors", "files"}
 MODEL = {"model", "cache", "ops", "data", "runtime", *BASE}
-EVALUATION = {"evaluation", "tracking", "export", "quantize", *MODEL}
+EVALUATION = {"evaluation", "export", "quantize", *MODEL}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "page",
         "training",
         "generation",
+        "tracking",
         *EVALUATION,
     },
     "__main__": {"cli"},

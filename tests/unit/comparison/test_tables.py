@@ -161,6 +161,18 @@ def test_one_result_is_listed_once_with_all_its_names_and_another_text_is_named(
     assert tables.OTHER_TEXT in lines[5:]
 
 
+def test_results_whose_text_is_unknown_have_no_best(tmp_path, pair):
+    unknown = []
+    for seed in (1, 2):
+        folder = results_folder(tmp_path / str(seed), two_losses()[0], seed=seed)
+        (folder / "results/evaluate/losses.npz").unlink()
+        unknown.append(Experiment(f"unknown {seed}", Folder(folder)))
+    shown = tables.seed_table([[pair[0]], [unknown[0]], [unknown[1]]], pair[0].params).splitlines()
+    cells = {line.split("  ")[0]: line.split()[1:] for line in shown if line}
+    assert tables.BEST in cells["first"]
+    assert not {tables.BEST, "one"} & {*cells["unknown 1"], *cells["unknown 2"]}
+
+
 def test_experiments_on_one_text_are_listed_together():
     rows = [("a", 3), ("b", 2), ("a", 1), ("b", 4)]
     assert tables._by_text(rows, lambda row: row[0], lambda row: row[1]) == [("a", 1), ("a", 3), ("b", 2), ("b", 4)]

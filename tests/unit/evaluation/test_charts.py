@@ -78,12 +78,6 @@ def test_loss_chart_as_png_shows_each_loss_in_its_color(training, tmp_path):
     assert pixels(tmp_path / "one.png", validation) < pixels(tmp_path / "both.png", validation) - 100
 
 
-def test_loss_chart_needs_no_batches(training, tmp_path):
-    (training / "batches.csv").unlink()
-    loss_chart(training, "a title", tmp_path / "loss.svg")
-    assert "best: 1.0000 at step 3" in texts(tmp_path / "loss.svg")
-
-
 def test_evaluation_chart_shows_every_table(breakdown, tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "_has_glyph", lambda character: character != "\u4e00")
     evaluation_chart(tables(breakdown), "a $title_ of$", tmp_path / "evaluation.svg")
@@ -145,7 +139,7 @@ def test_missing_plots_are_reported(training, tmp_path, monkeypatch):
 
 def test_renderer_draws_in_another_process(breakdown, training, capfd):
     renderer = Renderer()
-    renderer.draw(loss_chart, training, "a title", name="train/loss.svg")
+    renderer.draw(loss_chart, str(training), "a title", name="train/loss.svg")
     renderer.draw(evaluation_chart, tables(breakdown), "a title", name="evaluate/evaluation.svg")
     renderer.finish()
     assert "best: 1.0000 at step 3" in texts(renderer.folder / "train" / "loss.svg")
@@ -156,7 +150,7 @@ def test_renderer_draws_in_another_process(breakdown, training, capfd):
 def test_renderer_reports_a_chart_that_it_cannot_draw_and_draws_the_next(breakdown, training, capfd):
     (training / "history.csv").write_bytes(b"step\n\xff\n")
     renderer = Renderer()
-    renderer.draw(loss_chart, training, "a title", name="train/loss.svg")
+    renderer.draw(loss_chart, str(training), "a title", name="train/loss.svg")
     renderer.draw(evaluation_chart, tables(breakdown), "a title", name="evaluation.svg")
     renderer.finish()
     assert [file.name for file in renderer.folder.rglob("*.svg")] == ["evaluation.svg"]
@@ -167,15 +161,24 @@ def test_renderer_that_was_killed_is_reported(training, capfd):
     renderer = Renderer()
     renderer._process.kill()
     renderer._process.wait()
-    renderer.draw(loss_chart, training, "a title", name="loss.svg")
+    renderer.draw(loss_chart, str(training), "a title", name="loss.svg")
     renderer.finish()
     assert "minigpt: the process that draws charts has ended with code -9" in capfd.readouterr().err
 
 
 def test_renderer_ends_with_its_owner(training):
     renderer = Renderer()
-    renderer.draw(loss_chart, training, "a title", name="loss.svg")
+    renderer.draw(loss_chart, str(training), "a title", name="loss.svg")
     process, folder = renderer._process, renderer.folder
     del renderer
     assert process.wait(10) < 0
     assert not folder.exists()
+
+
+def test_without_a_process_there_are_no_charts(monkeypatch, capsys):
+    monkeypatch.setattr(charts.sys, "executable", "/missing/python")
+    renderer = Renderer()
+    renderer.draw(loss_chart, "training", "a title", name="loss.svg")
+    renderer.finish()
+    problem = "no charts, because no process can be started: No such file or directory"
+    assert capsys.readouterr().err == f"minigpt: {problem}\n"

@@ -15,7 +15,7 @@ short_texts = st.text(alphabet="ab", max_size=40)
 
 
 def ids(text):
-    return np.array([ord(character) for character in text], dtype=np.int32)
+    return np.array(["abcdef\u0915\u093f".index(character) for character in text], dtype=np.uint8)
 
 
 def brute_force(text, train):
@@ -86,3 +86,9 @@ def test_empty_text_has_no_copied_substring():
     assert [row["longest_run"] for row in rows] == [0, 0]
     assert [row["run"] for row in rows] == ["", ""]
     assert summary == {name: {"longest_run": 0, "share_of_8_grams": 0} for name in ("memorised", "held_out")}
+
+
+@pytest.mark.parametrize("size, dtype", [(256, np.uint8), (257, np.int16), (32_768, np.int16)])
+def test_last_character_of_a_vocabulary_that_fills_its_dtype(size, dtype):
+    train = np.full(size + 1, size - 1, dtype)
+    assert memorization.find_copied([train[:9]], train) == [Copied(0, 9, 2, 2)]

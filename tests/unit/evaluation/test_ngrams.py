@@ -6,7 +6,7 @@ from helpers.workspace import ROOT, SHAKESPEARE
 
 from minigpt.data.unicode import code_points
 from minigpt.evaluation import ngrams
-from minigpt.evaluation.ngrams import NGrams, count_ngrams, discounts, distinct, score_ngrams
+from minigpt.evaluation.ngrams import NGrams, count_ngrams, discounts, score_ngrams, unique
 
 
 def markov(order, vocab_size, length, seed=0):
@@ -92,9 +92,9 @@ def test_every_order_matches_the_formulas():
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_distinct_keys_are_the_same_by_tables_and_by_sorting(size):
+def test_unique_keys_are_the_same_by_tables_and_by_sorting(size):
     keys = np.random.default_rng(size).integers(0, size, 1000)
-    for table, by_sorting in zip(distinct(keys, size), distinct(keys, len(keys) + 1), strict=True):
+    for table, by_sorting in zip(unique(keys, size), unique(keys, len(keys) + 1), strict=True):
         np.testing.assert_array_equal(table, by_sorting)
 
 

@@ -64,7 +64,7 @@ def built(*folders, output, **how):
 
 def test_page_has_the_facts_of_all_stages(workspace):
     facts = built(workspace / "models" / "gpt", output=workspace / "page.html")
-    run = facts["run"]
+    run = facts["models"][0]["run"]
     assert RUN.items() <= run.items()
     assert (run["val_loss"], run["standard_error"], run["steps"]) == (1.25, 0.01, 12)
     assert run["best_ngram"] == {"name": "3-gram", "loss": 1.4}
@@ -84,8 +84,8 @@ def test_page_of_a_model_alone_has_the_default_sampling_parameters(workspace):
     folder = workspace / "elsewhere"
     (workspace / "models" / "gpt").rename(folder)
     facts = built(folder, output=workspace / "page.html")
-    assert set(facts) == {"version", "models", "run", "sampling", "prompts"}
-    assert set(facts["run"]) == {"parameters"}
+    assert set(facts) == {"models", "sampling", "prompts"}
+    assert set(facts["models"][0]["run"]) == {"parameters"}
     assert facts["models"][0]["name"] == f"{folder.parent.name}/{folder.name}"
     assert (facts["sampling"]["temperature"], facts["sampling"]["overflow"]) == (0.8, "reread")
 
@@ -106,7 +106,7 @@ def test_page_for_two_models_has_both_with_their_runs(workspace, tmp_path):
 def test_missing_and_damaged_results_are_left_out(workspace, name, content):
     path = workspace / "results" / name
     path.unlink() if content is None else path.write_text(content)
-    assert built(workspace / "models" / "gpt", output=workspace / "page.html")["run"]["parameters"] > 0
+    assert built(workspace / "models" / "gpt", output=workspace / "page.html")["models"][0]["run"]["parameters"] > 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_missing_and_damaged_results_are_left_out(workspace, name, content):
 def test_values_that_are_no_numbers_are_left_out(workspace, content):
     (workspace / "results/evaluate/metrics.json").write_text(content)
     (workspace / "results/train/metrics.json").write_text('{"steps": Infinity, "val_loss": [1]}')
-    run = built(workspace / "models" / "gpt", output=workspace / "page.html")["run"]
+    run = built(workspace / "models" / "gpt", output=workspace / "page.html")["models"][0]["run"]
     assert not {"val_loss", "steps", "baselines"} & set(run)
 
 
