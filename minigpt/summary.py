@@ -51,7 +51,7 @@ def _summary(model: Path, results: Path, next_steps: bool) -> str:
     train, evaluation, sample = (
         require_json(results / stage / "metrics.json", "metrics") for stage in ("train", "evaluate", "sample")
     )
-    val, copied, held_out = evaluation["val"], sample["memorised"], sample["held_out"]
+    val, copied, held_out = evaluation["val"], sample["memorized"], sample["held_out"]
     with (results / "train" / "history.csv").open(newline="", encoding="utf-8") as file:
         untrained = float(next(csv.DictReader(file))["val_loss"])
     sample_lines = filter(str.strip, (results / "sample" / "samples.txt").read_text(encoding="utf-8").split("\n")[1:])

@@ -1,7 +1,7 @@
 """Write text with the trained model, measure the copied share, and make a web page that writes such text.
 
 python -m stages.sample        models/gpt, data/prepared, results/{train,evaluate}
-                               -> results/sample/{samples.txt,memorised.csv,metrics.json,page.html}
+                               -> results/sample/{samples.txt,memorized.csv,metrics.json,page.html}
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     samples = RESULTS / "sample" / "samples.txt"
     with atomic_directory(samples.parent) as folder:
         (folder / samples.name).write_text("\n".join(sections), encoding="utf-8")
-        write_csv(folder / "memorised.csv", rows)
+        write_csv(folder / "memorized.csv", rows)
         write_json(folder / "metrics.json", metrics)
         try:
             build_page([PageModel.load(MODEL)], folder / "page.html", sampling=sampling, corpus=corpus)
@@ -55,7 +55,7 @@ def main() -> None:
             print(f"minigpt: no page: {error}")
     texts = "1 text" if len(sections) == 1 else f"{len(sections)} texts"
     print(f"minigpt: {texts} of at most {sampling.max_new_tokens:,} characters in {samples}")
-    print(f"minigpt: longest run copied from the training text: {metrics['memorised']['longest_run']} characters")
+    print(f"minigpt: longest run copied from the training text: {metrics['memorized']['longest_run']} characters")
     tracker.journal.artifact(samples.parent)
     tracker.note(RESULTS, "train", "evaluate", "sample")
     tracker.stage("sample", params.flatten(sampling, "sample."), params.flatten(metrics))

@@ -64,7 +64,7 @@ def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[s
     ``written`` has pairs of a prompt and a text that begins with it. The prompt is not searched for.
 
     Returns:
-        one row per text, with the longest copied substring, and a summary of the texts (``memorised``) and of equally
+        one row per text, with the longest copied substring, and a summary of the texts (``memorized``) and of equally
         long excerpts of the validation split (``held_out``).
     """
     train, val = corpus.train.tokens.numpy(force=True), corpus.val.tokens.numpy(force=True)
@@ -82,7 +82,7 @@ def compare(written: list[tuple[str, str]], corpus: Corpus) -> tuple[list[dict[s
         }
         for number, ((prompt, _), text, copied) in enumerate(zip(written, texts, found, strict=False), 1)
     ]
-    return rows, {"memorised": _summary(found[: len(texts)]), "held_out": _summary(found[len(texts) :])}
+    return rows, {"memorized": _summary(found[: len(texts)]), "held_out": _summary(found[len(texts) :])}
 
 
 def _summary(found: list[Copied]) -> dict[str, float]:

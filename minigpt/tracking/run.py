@@ -37,7 +37,7 @@ RESULTS = {
     "evaluate.test.standard_error": "results/test_standard_error", "evaluate.val.loss": "results/val_loss",
     "evaluate.val.standard_error": "results/val_standard_error", "evaluate.val.accuracy": "results/val_accuracy",
     "evaluate.val.calibration_error": "results/calibration_error", "evaluate.train.loss": "results/train_loss",
-    "sample.memorised.longest_run": "results/longest_copied_run",
+    "sample.memorized.longest_run": "results/longest_copied_run",
 }  # fmt: skip
 
 

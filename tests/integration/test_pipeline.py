@@ -98,7 +98,7 @@ def test_dvc_repro_writes_all_outputs_and_one_run(repository):
         "results/evaluate/metrics.json", "results/evaluate/scores.json", "results/evaluate/losses.npz",
         "results/evaluate/positions.csv", "results/evaluate/context.csv", "results/evaluate/characters.csv",
         "results/evaluate/confusions.csv", "results/evaluate/calibration.csv", "results/evaluate/baselines.csv",
-        "results/sample/samples.txt", "results/sample/memorised.csv", "results/sample/metrics.json",
+        "results/sample/samples.txt", "results/sample/memorized.csv", "results/sample/metrics.json",
         "results/sample/page.html", "results/train/samples.csv",
     ):  # fmt: skip
         assert (folder / name).stat().st_size, name
@@ -169,7 +169,7 @@ def test_evaluation_reports_the_uncertainty_of_a_short_split(repository):
     assert baselines["uniform"] > baselines["unigram"] > baselines["2-gram"] > baselines["3-gram"] > 1.5
     with (folder / "results/evaluate/characters.csv").open(encoding="utf-8", newline="") as file:
         assert sum(int(row["count"]) for row in csv.DictReader(file)) == val["characters"]
-    with (folder / "results/sample/memorised.csv").open(encoding="utf-8", newline="") as file:
+    with (folder / "results/sample/memorized.csv").open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     text = (folder / "data/songs.txt").read_text(encoding="utf-8")
     written = (folder / "results/sample/samples.txt").read_text(encoding="utf-8")

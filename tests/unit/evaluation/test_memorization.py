@@ -73,8 +73,8 @@ def test_prompt_is_not_searched_for_and_the_copied_text_is_quoted():
     assert rows[1]["run"] == copied and rows[1]["longest_run"] == 60 and rows[1]["share_of_8_grams"] == 1
     assert rows[0]["run"] in text[:-1500] and rows[0]["run"] in mixed
     assert rows[0]["longest_run"] == len(rows[0]["run"]) < 30
-    assert summary["memorised"]["longest_run"] == 60
-    assert 0 < summary["memorised"]["share_of_8_grams"] < 1
+    assert summary["memorized"]["longest_run"] == 60
+    assert 0 < summary["memorized"]["share_of_8_grams"] < 1
     held_out = [brute_force(text[-1500:][begin:end], text[:-1500]) for begin, end in ((0, 30), (1440, 1500))]
     assert summary["held_out"]["longest_run"] == max(copied.length for copied in held_out)
     grams, total = sum(copied.grams for copied in held_out), sum(copied.total for copied in held_out)
@@ -85,7 +85,7 @@ def test_empty_text_has_no_copied_substring():
     rows, summary = compare([("a", "a"), ("b", "b")], corpus_of("abcabcabc", 4))
     assert [row["longest_run"] for row in rows] == [0, 0]
     assert [row["run"] for row in rows] == ["", ""]
-    assert summary == {name: {"longest_run": 0, "share_of_8_grams": 0} for name in ("memorised", "held_out")}
+    assert summary == {name: {"longest_run": 0, "share_of_8_grams": 0} for name in ("memorized", "held_out")}
 
 
 @pytest.mark.parametrize("size, dtype", [(256, np.uint8), (257, np.int16), (32_768, np.int16)])
