@@ -83,14 +83,11 @@ def build_page(
 def describe_model(page_model: PageModel) -> Facts:
     """Return the entry of a model: its name, architecture and vocabulary, and its run."""
     tokenizer = page_model.tokenizer
-    characters: str | list[str] = tokenizer.characters
-    if any("\ud800" <= character <= "\udfff" for character in characters):
-        characters = list(characters)  # JavaScript would join two halves of a pair that are neighbors here
     run = _describe_run(page_model)
     return {
         "name": run.get("name", page_model.name),
         "config": page_model.model.config.model_dump(),
-        "characters": characters,
+        "characters": tokenizer.characters,
         "normalize": tokenizer.normalize,
         "run": run,
     }

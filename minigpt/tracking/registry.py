@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError
 from minigpt.tracking.journal import Journal
-from minigpt.tracking.store import describe_error, resolve_tracking_uri
+from minigpt.tracking.store import describe_error, http_status, resolve_tracking_uri
 from minigpt.tracking.uploader import SYNC_TIMEOUT, Uploader
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def register(key: str, alias: str = "") -> str:
         if alias:
             uploader.store.connect().set_registered_model_alias(MODEL_NAME, alias, version)
     except Exception as error:
-        if _status(error) in ABSENT:
+        if http_status(error) in ABSENT:
             advice = "set MINIGPT_TRACKING=local, or MLFLOW_TRACKING_URI to a server that has one"
             raise UserError(f"{place}: has no model registry of MLflow; {advice}") from None
         raise UserError(f"{place}: cannot register the model: {describe_error(error)}") from None
@@ -67,7 +67,3 @@ def _version(client: MlflowClient, run: Any) -> str:
             return str(version.version)
     created = client.create_model_version(MODEL_NAME, f"{run.info.artifact_uri}/model", run.info.run_id)
     return str(created.version)
-
-
-def _status(error: Exception) -> int:
-    return int(error.get_http_status_code()) if hasattr(error, "get_http_status_code") else 0

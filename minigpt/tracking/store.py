@@ -217,7 +217,7 @@ class Store:
         try:
             self.connect().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         except MlflowException as error:
-            if error.get_http_status_code() != 404:
+            if http_status(error) != 404:
                 raise
             print(f"minigpt: {self.display_uri} has no datasets; the dataset is recorded as a tag", file=sys.stderr)
             self.connect().set_tag(run_id, "dataset", f"{name} {digest}")
@@ -308,6 +308,11 @@ def describe_error(error: Exception) -> str:
     if found := re.search(r"\(\w+\.\w*Error\) ([^\n]+)", text):
         text = found[1]  # the database's error, after SQLAlchemy's advice
     return mask(text.splitlines()[0])[:300]
+
+
+def http_status(error: Exception) -> int:
+    """Return the HTTP status of an error of MLflow, 0 for another error."""
+    return int(error.get_http_status_code()) if hasattr(error, "get_http_status_code") else 0
 
 
 def _absolute(uri: str) -> str:

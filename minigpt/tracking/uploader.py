@@ -19,7 +19,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from minigpt.errors import UserError
 from minigpt.files import remove_unless_file, workspace
 from minigpt.tracking.journal import Journal, journals, locked
-from minigpt.tracking.store import Store, describe_error, resolve_tracking_uri
+from minigpt.tracking.store import Store, describe_error, http_status, resolve_tracking_uri
 
 Entry = tuple[dict[str, Any], int]  # a record, and the offset in the journal at which it ends
 
@@ -254,7 +254,6 @@ def _send_with_retries(uploader: Uploader, journal: Journal) -> None:
 
 def _is_permanent(error: Exception) -> bool:
     """Return whether a retry would fail in the same way: the store refused the request, or did not cause the error."""
-    if hasattr(error, "get_http_status_code"):
-        status = int(error.get_http_status_code())
+    if status := http_status(error):
         return 400 <= status < 500 and status != 429
     return not isinstance(error, OSError)  # the HTTP library's errors are OSErrors
