@@ -87,7 +87,7 @@ def test_evaluation_chart_shows_every_table(breakdown, tmp_path, monkeypatch):
     }
     for plot in (plot for name, plot in plots.items() if name != "loss"):
         assert {plot["title"], plot["x_label"], plot["y_label"]} - {""} <= set(found), plot
-    assert {"a $title_ of$", "this model", "uniform", "1.5"} <= set(found)
+    assert {"a $title_ of$", "this model", "uniform", "1.5000"} <= set(found)
     labels = {"newline", "space", "$", "_", "a", "\u0915", "\u25cc\u093f", "U+4E00"}
     assert labels <= set(found)
     pairs = [row["pair"].replace("\u4e00", "U+4E00") for row in breakdown.confusions()]
