@@ -53,7 +53,6 @@ def main() -> None:
     cpu.configure_cpu()  # before torch is imported
     counting = start_counting()  # meanwhile, torch is imported
     renderer = charts.Renderer()  # likewise
-    renderer.draw(charts.loss_chart, str(RESULTS / "train"), settings.data.source, name="train/loss.png")
     from minigpt import export
     from minigpt.data import dataset, splits
     from minigpt.evaluation import by_file
@@ -62,6 +61,7 @@ def main() -> None:
     from minigpt.tracking.run import tracker_of_model
 
     tracker = tracker_of_model(RESULTS / "train" / "run.json", sender)
+    renderer.draw(charts.loss_chart, str(RESULTS / "train"), settings.data.source, name="train/loss.png")
     device = choose_device(settings.train.device)
     model, tokenizer = export.load_model(MODEL, device)
     model.compute_dtype = compute_dtype(settings.train.dtype, device)

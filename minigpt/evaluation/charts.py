@@ -111,6 +111,9 @@ CHARTS: dict[str, Callable[..., None]] = {chart.__name__: chart for chart in (lo
 
 def main() -> None:
     """Draw the charts that a :class:`Renderer` asks for, one line of standard input each."""
+    import vl_convert
+
+    vl_convert.vegalite_to_svg({"mark": "point", "data": {"values": []}}, vl_version=VEGA_LITE)  # the slow start
     for line in sys.stdin:
         name, *arguments, target = json.loads(line)
         try:
