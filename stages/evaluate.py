@@ -273,7 +273,7 @@ def baseline_rows(val: dict[str, Any], baselines: dict[str, float]) -> list[dict
 
 
 def track(tracker: Tracker, settings: params.Params, metrics: dict[str, Any], pictures: Path) -> None:
-    """Add the results, and pictures of them and of the training, to the MLflow run of the model."""
+    """Add the results, and the folders of ``pictures``, one for each stage, to the MLflow run of the model."""
     tracker.journal.artifact(RESULTS / "evaluate")
     for folder in pictures.iterdir():
         tracker.journal.artifact(folder)

@@ -3,7 +3,7 @@
 ``dvc.yaml`` has titles, labels and columns, and ``.dvc/plots`` has Vega-Lite templates. They are filled in as by
 ``dvc plots show``, but with one color per column, while DVC has one per revision.
 
-``python -m minigpt.evaluation.charts`` draws what a :class:`Renderer` in another process asks for.
+``python -m minigpt.evaluation.charts`` draws the charts that a :class:`Renderer` in another process requests.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ CHARTS: dict[str, Callable[..., None]] = {chart.__name__: chart for chart in (lo
 
 
 def main() -> None:
-    """Draw the charts that a :class:`Renderer` asks for, one line of standard input each."""
+    """Draw the charts that a :class:`Renderer` requests, one line of standard input each."""
     import vl_convert
 
     vl_convert.vegalite_to_svg({"mark": "point", "data": {"values": []}}, vl_version=VEGA_LITE)  # the slow start

@@ -36,7 +36,7 @@ def test_comparison_shows_changed_params_losses_and_the_paired_difference(pair):
     assert "nats (95 % interval 0.0" in verdict
 
 
-@pytest.mark.parametrize("first", ["a", "a" * 50])  # beside it, or below it
+@pytest.mark.parametrize("first", ["a", "a" * 50])  # after the others, or on lines of its own
 def test_long_last_column_is_wrapped_and_never_cut_off(monkeypatch, first):
     monkeypatch.setenv("COLUMNS", "60")
     changed = " ".join(f"name_{number}=value" for number in range(20))
