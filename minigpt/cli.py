@@ -15,14 +15,12 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from minigpt import __version__, errors, params, profiles, program
-from minigpt.files import require_root
+from minigpt.files import MODEL, RESULTS, require_root
 from minigpt.git import is_untracked
 from minigpt.terminal import from_argument, graphemes, read_prompt, show
 
 if TYPE_CHECKING:
     from minigpt.data.tokenizer import Tokenizer
-
-MODEL, RESULTS = Path("models/gpt"), Path("results")
 
 FilePath = click.Path(path_type=Path)
 

@@ -21,8 +21,11 @@ from minigpt.errors import UserError
 LARGEST_JSON = 64 << 20
 """Bytes of the largest JSON file that is read: a vocabulary of all code points has a quarter of it."""
 
-
 NOT_REGULAR = "not a regular file"
+
+PREPARED, MODEL, RESULTS = Path("data/prepared"), Path("models/gpt"), Path("results")
+"""Where the stages find each other's outputs, below the root of the repository. In ``results``, each stage has a folder
+of its own."""
 
 
 def workspace() -> Path:

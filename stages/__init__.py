@@ -1,7 +1,1 @@
-"""The four stages of ``dvc.yaml``, and the folders in which each finds the outputs of the others."""
-
-from pathlib import Path
-
-PREPARED = Path("data/prepared")
-MODEL = Path("models/gpt")
-RESULTS = Path("results")
+"""The four stages of ``dvc.yaml``, each a program that ``dvc repro`` runs."""

@@ -18,10 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt import errors, params, program
 from minigpt.evaluation import charts
-from minigpt.files import atomic_directory, check_replaceable, require_json, write_csv, write_json
+from minigpt.files import (
+    MODEL,
+    PREPARED,
+    RESULTS,
+    atomic_directory,
+    check_replaceable,
+    require_json,
+    write_csv,
+    write_json,
+)
 from minigpt.runtime import cpu
 from minigpt.tracking.sender import start_sender
-from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,7 +230,8 @@ def score_baselines(model: NGrams, corpus: Corpus, losses: CharacterLosses) -> t
     """Score the validation split with n-gram models of the training split, and compare the best with ``losses``.
 
     Returns:
-        the losses of the n-gram models, and the paired difference of the GPT and the best of them.
+        the losses of the n-gram models, and the paired difference of the GPT and the best of them, with the characters
+        that they have counted.
     """
     from minigpt.evaluation import ngrams, paired
     from minigpt.evaluation.character_losses import LossRecorder
@@ -244,7 +253,7 @@ def score_baselines(model: NGrams, corpus: Corpus, losses: CharacterLosses) -> t
         estimate = paired.difference(recorders[names.index(best)].result(losses.text), losses)
         if math.isfinite(estimate.standard_error):
             versus |= {"standard_error": estimate.standard_error}
-    return baselines | {"characters": min(len(train), ngrams.MAX_TRAIN_CHARS)}, versus
+    return baselines, versus | {"counted_characters": min(len(train), ngrams.MAX_TRAIN_CHARS)}
 
 
 def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +278,7 @@ def scores(metrics: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
 def baseline_rows(val: dict[str, Any], baselines: dict[str, float]) -> list[dict[str, Any]]:
     """Return the losses of the model and of the n-gram models as rows of a table."""
     losses = {"this model": val["loss"]} | baselines
-    return [{"model": name, "loss": loss} for name, loss in losses.items() if name != "characters"]
+    return [{"model": name, "loss": loss} for name, loss in losses.items()]
 
 
 def track(tracker: Tracker, settings: params.Params, metrics: dict[str, Any], pictures: Path) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from minigpt import params, program
 from minigpt.data.checks import check_corpus
 from minigpt.data.encode import encode_corpus
-from minigpt.files import atomic_directory
+from minigpt.files import PREPARED, atomic_directory
 from minigpt.tracking.sender import start_sender
-from stages import PREPARED
 
 
 def main() -> None:

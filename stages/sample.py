@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 
 from minigpt import errors, params, program
-from minigpt.files import atomic_directory, check_replaceable, write_csv, write_json
+from minigpt.files import MODEL, PREPARED, RESULTS, atomic_directory, check_replaceable, write_csv, write_json
 from minigpt.runtime import cpu
 from minigpt.tracking.sender import start_sender
-from stages import MODEL, PREPARED, RESULTS
 
 
 def main() -> None:

@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt import errors, params, program
-from minigpt.files import atomic_directory, check_replaceable, workspace, write_csv, write_json
+from minigpt.files import (
+    MODEL,
+    PREPARED,
+    RESULTS,
+    atomic_directory,
+    check_replaceable,
+    workspace,
+    write_csv,
+    write_json,
+)
 from minigpt.runtime import cpu, launcher
 from minigpt.tracking.sender import start_sender
-from stages import MODEL, PREPARED, RESULTS
 
 if TYPE_CHECKING:
     import torch

@@ -15,19 +15,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from minigpt import params
 from minigpt.errors import UserError
 from minigpt.evaluation.character_losses import FILE, CharacterLosses
-from minigpt.files import is_run_key, parse_csv
+from minigpt.files import MODEL, RESULTS, is_run_key, parse_csv
 from minigpt.git import git
 from minigpt.tracking.journal import Journal
 from minigpt.tracking.store import resolve_tracking_uri
 from minigpt.tracking.uploader import Uploader
 
-RESULTS = PurePosixPath("results")
 RUN = RESULTS / "train" / "run.json"
 NOT_FROM_LOCK = "its results are not those of dvc.lock; `dvc checkout dvc.yaml` or `dvc repro` brings those"
 Row = dict[str, Any]
@@ -39,7 +38,7 @@ MAX_COMMITS = 10
 class Files(Protocol):
     """Files of an experiment."""
 
-    def read(self, path: str | PurePosixPath) -> bytes | None:
+    def read(self, path: str | Path) -> bytes | None:
         """Return the content of a file, or None if the experiment does not have it."""
 
 
@@ -49,7 +48,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def read(self, path: str | PurePosixPath) -> bytes | None:
+    def read(self, path: str | Path) -> bytes | None:
         """Return the content of a file, or None if there is none."""
         try:
             return (self.root / path).read_bytes()
@@ -66,7 +65,7 @@ class Revision:
         self.commit = commit
         self._known: dict[str, bytes | None] = {}
 
-    def read(self, path: str | PurePosixPath) -> bytes | None:
+    def read(self, path: str | Path) -> bytes | None:
         """Return the content of a file, or None if the commit does not have it or neither cache nor remote has it."""
         if str(path) not in self._known:
             self._known[str(path)] = self._read(str(path))
@@ -120,7 +119,7 @@ class Experiment:
     @property
     def weights(self) -> str:
         """Digest of the exported model, or an empty text. Models with equal digests are bitwise equal."""
-        return self._digests("train", "outs").get("models/gpt", "")
+        return self._digests("train", "outs").get(str(MODEL), "")
 
     @cached_property
     def is_from_lock(self) -> bool:
@@ -159,14 +158,14 @@ class Experiment:
         ids = Journal(key).mlflow_ids() if is_run_key(key) else {}
         return ids.get(Uploader(resolve_tracking_uri()).display_uri, "")
 
-    def _json(self, path: PurePosixPath) -> dict[str, Any]:
+    def _json(self, path: Path) -> dict[str, Any]:
         with suppress(ValueError, RecursionError):
             content = json.loads(self.files.read(path) or b"{}")
             if isinstance(content, dict):
                 return content
         raise self._damaged(path)
 
-    def _damaged(self, path: PurePosixPath) -> UserError:
+    def _damaged(self, path: Path) -> UserError:
         return UserError(f"{self.name}: {path}: damaged; `dvc checkout --force dvc.yaml` restores it")
 
     def table(self, path: str) -> list[Row]:
@@ -246,7 +245,7 @@ def find(name: str) -> Experiment:
         return found
     if commit := git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"):
         return Experiment(name, Revision(commit))
-    workspace = [Experiment("workspace", Folder(Path()))] if Path(RESULTS).is_dir() else []
+    workspace = [Experiment("workspace", Folder(Path()))] if RESULTS.is_dir() else []
     if found := next((each for each in [*known, *workspace, *committed()] if _is_run(each, name)), None):
         return found
     if name == "workspace" or root.is_dir():

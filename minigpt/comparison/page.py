@@ -19,14 +19,14 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.evaluation import paired
 from minigpt.evaluation.character_losses import text_digest
-from minigpt.files import write_atomically
+from minigpt.files import PREPARED, write_atomically
 from minigpt.page import html
 
 FOLDER = Path(__file__).parent
 MAX_EXPERIMENTS = 6
 """As many as the page has colors."""
 
-PREPARED = ("data/prepared/val.npy", "data/prepared/tokenizer.json")
+SPLIT_FILES = (PREPARED / "val.npy", PREPARED / "tokenizer.json")
 
 
 def write_page(chosen: Sequence[Experiment], output: Path) -> None:
@@ -84,7 +84,7 @@ def _pack(nats: np.ndarray[Any, Any]) -> str:
 def _text(experiment: Experiment) -> str | None:
     """Return the characters that have a loss each; None if the prepared text is missing, or a loss is of several."""
     losses = experiment.losses
-    tokens, tokenizer = (experiment.files.read(name) for name in PREPARED)
+    tokens, tokenizer = (experiment.files.read(path) for path in SPLIT_FILES)
     if losses.segment > 1 or tokens is None or tokenizer is None:
         return None
     try:
@@ -93,8 +93,8 @@ def _text(experiment: Experiment) -> str | None:
             vocabulary = Tokenizer.load(Path(folder) / "tokenizer.json")
         ids = np.load(io.BytesIO(tokens), allow_pickle=False)
     except (UserError, OSError, ValueError):
-        fix = "`dvc checkout --force data/prepared` restores them"
-        raise UserError(f"{experiment.name}: {PREPARED[0]} or {PREPARED[1]} is damaged; {fix}") from None
+        fix = f"`dvc checkout --force {PREPARED}` restores them"
+        raise UserError(f"{experiment.name}: {SPLIT_FILES[0]} or {SPLIT_FILES[1]} is damaged; {fix}") from None
     # The workspace may have been prepared again, with another text.
     if text_digest(ids, vocabulary) != losses.text:
         return None

@@ -9,9 +9,10 @@ from minigpt.data.splits import SplitRule
 from minigpt.data.text import find_text_files, split_into_pieces
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
+from minigpt.files import MODEL, PREPARED, RESULTS
 from minigpt.params import Params
 
-OUTPUTS = ("data/prepared", "models/gpt", "results/train", "results/evaluate", "results/sample")
+OUTPUTS = (PREPARED, MODEL, *(RESULTS / stage for stage in ("train", "evaluate", "sample")))
 """Folders that the stages in ``dvc.yaml`` write, and DVC deletes before."""
 
 
@@ -19,7 +20,7 @@ def check_paths(settings: Params) -> None:
     """Raise a UserError if a stage would delete its own input."""
     for name, path in (("data.source", settings.data.source), ("train.init_from", settings.train.init_from)):
         for output in OUTPUTS if path else ():
-            used, written = Path(path).resolve(), Path(output).resolve()
+            used, written = Path(path).resolve(), output.resolve()
             if used.is_relative_to(written) or (written.is_relative_to(used) and name == "data.source"):
                 fix = "name a copy" if used.is_relative_to(written) else "name a file or folder in it"
                 raise UserError(f"{name}: {path}: DVC deletes {output} before a stage writes it; {fix}")

@@ -16,7 +16,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.errors import UserError
 from minigpt.evaluation.ngrams import NGrams
 from minigpt.export import load_model
-from minigpt.files import read_json
+from minigpt.files import MODEL, PREPARED, RESULTS, read_json
 from minigpt.model import GPT
 from minigpt.page.build import Facts, choose_dtype, pack, write_page
 from minigpt.params import SampleParams, SamplingParams, WeightFormat
@@ -47,7 +47,7 @@ class PageModel:
     def load(cls, folder: Path) -> "PageModel":
         """Read an exported model. A folder ``models/gpt`` belongs to the workspace that contains it."""
         resolved = folder.resolve()
-        root = resolved.parents[1] if resolved.parts[-2:] == ("models", "gpt") else None
+        root = resolved.parents[1] if resolved.parts[-2:] == MODEL.parts else None
         return cls(root.name if root else "/".join(resolved.parts[-2:]), *load_model(folder), root)
 
 
@@ -75,7 +75,7 @@ def build_page(
     facts = {"models": described}
     facts |= describe_sampling(sampling or _sampling_of(first.root), [each.tokenizer for each in models])
     if first.root:
-        facts |= describe_training(first.root / "results")
+        facts |= describe_training(first.root / RESULTS)
         facts |= describe_corpus(corpus or _corpus_of(first.root), first.tokenizer)
     return write_page(output, facts, weights)
 
@@ -173,7 +173,7 @@ def _describe_run(page_model: PageModel) -> Facts:
     run: Facts = {"parameters": page_model.model.num_parameters()}
     if page_model.root is None:
         return run
-    results = page_model.root / "results"
+    results = page_model.root / RESULTS
     record, train, evaluation = (
         _read_json(results / path) for path in ("train/run.json", "train/metrics.json", "evaluate/metrics.json")
     )
@@ -188,7 +188,7 @@ def _describe_run(page_model: PageModel) -> Facts:
     if ngrams:
         loss, name = min((loss, name) for name, loss in ngrams.items())
         run |= {"best_ngram": {"name": name, "loss": loss}, "uniform": baselines.get("uniform")}
-        run["baselines"] = {name: loss for name, loss in baselines.items() if name != "characters"}
+        run["baselines"] = baselines
     return run
 
 
@@ -203,7 +203,7 @@ def _sampling_of(root: Path | None) -> SampleParams | None:
 def _corpus_of(root: Path) -> Corpus | None:
     """Return the corpus of a workspace, or None if there is none that is intact."""
     with suppress(UserError):
-        return load_corpus(root / "data" / "prepared")
+        return load_corpus(root / PREPARED)
     return None
 
 

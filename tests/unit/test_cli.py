@@ -12,8 +12,7 @@ import pytest
 import torch
 from helpers.workspace import ROOT, command, make_repository, params_with, python, set_params
 
-import stages
-from minigpt import cli, export
+from minigpt import export
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.generation.generator import Generator
 from minigpt.model import GPT
@@ -370,10 +369,6 @@ def test_unknown_profile_is_one_line(minigpt, workspace):
 def test_summary_names_the_missing_stage(minigpt, workspace):
     ran = minigpt("summary", cwd=workspace)
     assert ran.stderr == "minigpt: results/train/metrics.json: no such file; `dvc repro` writes it\n"
-
-
-def test_commands_and_stages_use_the_same_folders():
-    assert (cli.MODEL, cli.RESULTS) == (stages.MODEL, stages.RESULTS)
 
 
 def test_make_does_not_run_shell_text_in_repo(tmp_path):

@@ -51,14 +51,14 @@ def test_summary_of_an_experiment_in_a_copy_says_how_to_get_its_files(monkeypatc
 
 @pytest.mark.parametrize("versus", [{"versus_ngram": {"name": "unigram", "loss": 3.402, "difference": -0.001}}, {}])
 def test_verdict_compares_with_an_ngram_model_even_if_uniform_guessing_is_better(versus):
-    baselines = {"uniform": 3.4, "unigram": 3.402, "2-gram": 3.5, "characters": 900}
+    baselines = {"uniform": 3.4, "unigram": 3.402, "2-gram": 3.5}
     evaluation = {"val": {"loss": 3.401}, "baselines": baselines} | versus
     verdict = " ".join(summary._verdict({"best_step": 5, "steps": 9}, evaluation).split())
     assert verdict == "verdict better than the best n-gram model (unigram: 3.4020) by 0.0010 nats"
 
 
 def test_short_text_gets_no_verdict():
-    baselines = {"uniform": 3.4, "2-gram": 2.5, "characters": 900}
+    baselines = {"uniform": 3.4, "2-gram": 2.5}
     evaluation = {"val": {"loss": 2.4, "characters": 999}, "baselines": baselines, "versus_ngram": {"difference": -0.1}}
     verdict = " ".join(summary._verdict({"best_step": 5, "steps": 9}, evaluation).split())
     assert verdict.startswith("verdict none: 999 characters of validation text are too few; ")

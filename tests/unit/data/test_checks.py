@@ -39,7 +39,7 @@ def test_text_that_a_later_stage_cannot_use_is_rejected(tmp_path, kind):
 
 def test_outputs_are_those_of_the_pipeline():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert {output for stage in stages.values() for output in stage["outs"]} == set(OUTPUTS)
+    assert {output for stage in stages.values() for output in stage["outs"]} == set(map(str, OUTPUTS))
 
 
 @pytest.mark.parametrize(
