@@ -59,21 +59,27 @@ class Pair {
     return el("p", { class: "key" }, name("first", this.names[0]), name("second", this.names[1]));
   }
 
-  // Return bars to the left and to the right: [name, difference, title].
+  // Return bars to the left and to the right: [name, difference, what a screen reader adds to the name].
   bars(rows) {
     const top = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-9);
-    return el("dl", { class: "signed" }, rows.map(([name, value, title]) => el("div", { title },
-      el("dt", {}, name), bar(this.side(value), Math.abs(value) / top), el("dd", {}, signed(value, 4)))));
+    return el("dl", { class: "signed" }, rows.map(([name, value, more = ""]) => el("div", { title: more },
+      el("dt", {}, name, el("span", { class: "hidden" }, ` ${more}`)), bar(this.side(value), Math.abs(value) / top),
+      el("dd", {}, signed(value, 4)))));
+  }
+
+  // What a difference is, in a sentence.
+  definition() {
+    return `Loss of ${this.names[1]} minus loss of ${this.names[0]}: below 0, ${this.names[1]} is better.`;
   }
 
   showParts() {
     const size = this.differences.length, parts = Math.min(facts.batches, size);
     const rows = Array.from({ length: parts }, (_, n) => {
       const [begin, end] = [n, n + 1].map((k) => Math.floor((k * size) / parts));
-      return [String(n + 1), mean(Array.from(this.differences.subarray(begin, end))), `part ${n + 1} of ${parts}`];
+      return [String(n + 1), mean(Array.from(this.differences.subarray(begin, end)))];
     });
     $("parts").replaceChildren(el("h3", { class: "label" }, `In ${parts} consecutive parts of the text`), this.key(),
-      this.bars(rows), el("p", { class: "muted small" }, "Difference of the losses in nats per character. ",
+      this.bars(rows), el("p", { class: "muted small" }, `${this.definition()} In nats per character. `,
         "The interval follows from these parts: the more they agree, the narrower it is."));
   }
 
@@ -86,9 +92,10 @@ class Pair {
       sums.set(c, [total + this.differences[n], count + 1]);
     });
     const rows = [...sums].sort((a, b) => Math.abs(b[1][0]) - Math.abs(a[1][0])).slice(0, SHOWN);
-    const title = (c, [total, count]) => `${spoken(c)}: ${whole(count)} times, ${signed(total / count, 3)} nats each`;
+    const more = (c, [total, times]) =>
+      `${spoken(c)}, ${plural(times, "time")}, ${signed(total / times, 3)} nats each`;
     $("characters").replaceChildren(el("h3", { class: "label" }, "The characters behind the difference"), this.key(),
-      this.bars(rows.map(([c, found]) => [glyph(c), found[0] / characters.length, title(c, found)])),
+      this.bars(rows.map(([c, found]) => [glyph(c), found[0] / characters.length, more(c, found)])),
       el("p", { class: "muted small" }, "Contribution to the difference: all characters together give the whole."));
   }
 }
@@ -98,7 +105,10 @@ const signed = (value, digits) => (value > 0 ? "+" : value < 0 ? "−" : "") + f
 // The validation text, one window at a time, shaded by which model predicts each character better.
 class Reader {
   constructor() {
-    this.sheet = el("div", { class: "text still prose", tabindex: 0, role: "region", "aria-label": "Validation text" });
+    this.sheet = el("div", {
+      class: "text still prose", tabindex: 0, role: "listbox", "aria-label": "Validation text, by character",
+      "aria-orientation": "horizontal",
+    });
     this.status = el("p", { class: "stats", role: "status" });
     this.place = el("input", {
       type: "range", min: 0, max: Math.max(0, Math.ceil(characters.length / WINDOW) - 1), value: 0,
@@ -111,7 +121,7 @@ class Reader {
       const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
       if (!step) return;
       event.preventDefault();
-      this.select(this.selected?.[step] ?? (this.selected ? null : this.sheet.firstElementChild));
+      this.select(this.selected ? this.selected[step] : this.sheet.firstElementChild);
     });
     $("text").append(this.buttons, el("div", { class: "slider" }, this.place), this.status, this.sheet);
   }
@@ -135,8 +145,8 @@ class Reader {
 
   // Return the start of the stretch with the largest mean difference of this sign, null if none has this sign.
   extreme(sign) {
-    const { differences } = this.pair, count = Math.max(1, Math.floor(differences.length / STRETCH));
-    const means = Array.from({ length: count }, (_, n) =>
+    const { differences } = this.pair, stretches = Math.max(1, Math.floor(differences.length / STRETCH));
+    const means = Array.from({ length: stretches }, (_, n) =>
       sign * mean(Array.from(differences.subarray(n * STRETCH, (n + 1) * STRETCH))));
     const [best] = largest(means, 1);
     return means[best] > 0 ? best * STRETCH : null;
@@ -151,18 +161,27 @@ class Reader {
     this.sheet.replaceChildren(...shown.map((c, n) => {
       const difference = this.pair.differences[this.first + n];
       const strength = Math.min(1, Math.abs(difference) / FULL);
-      return el("span", { class: `c ${this.pair.side(difference)}`, "--s": (strength * 0.85).toFixed(2) }, c);
+      const kind = `c ${this.pair.side(difference)}${c === "\n" ? " newline" : ""}${strength > 0.3 ? " strong" : ""}`;
+      return el("span", {
+        class: kind, role: "option", "aria-label": BLANKS[c]?.[1], "--s": (strength * 0.85).toFixed(2),
+      }, c);
     }));
+    this.sheet.removeAttribute("aria-activedescendant");
     const average = mean(Array.from(this.pair.differences.subarray(this.first, this.first + shown.length)));
-    this.status.textContent = `Characters ${whole(this.first + 1)} to ${whole(this.first + shown.length)} of ` +
-      `${whole(characters.length)}: ${signed(average, 4)} nats on average. Select a character for its losses.`;
+    const last = this.first + shown.length;
+    const place = `Characters ${whole(this.first + 1)} to ${whole(last)} of ${whole(characters.length)}`;
+    this.place.setAttribute("aria-valuetext", place);
+    this.status.textContent = `${place}: ${signed(average, 4)} nats on average. Select a character for its losses.`;
   }
 
   select(span) {
     if (!span?.classList.contains("c")) return;
     this.selected?.classList.remove("selected");
+    this.selected?.removeAttribute("id");
     this.selected = span;
     span.classList.add("selected");
+    span.id = "selected";
+    this.sheet.setAttribute("aria-activedescendant", span.id);
     span.scrollIntoView({ block: "nearest" });
     const at = this.first + Array.prototype.indexOf.call(this.sheet.children, span);
     const each = this.pair.names.map((name, n) => `${name} ${fixed(this.pair.losses[n][at], 3)}`).join(", ");

@@ -58,6 +58,7 @@ function start() {
   $("tab-training").hidden = !showTraining(facts);
   $("tab-copied").hidden = $("copied-toggle").hidden = !facts.corpus;
   showAbout(desk, pristine);
+  desk.refresh(); // its buttons, one of which is in the view About
   $("underline").addEventListener("change", () => {
     document.body.classList.toggle("no-underline", !$("underline").checked);
   });

@@ -85,7 +85,7 @@ def render(facts: Facts, weights: Sequence[bytes]) -> bytes:
         f'<script type="text/plain" id="{model["weights"]}">{base64.b64encode(packed).decode()}</script>'
         for model, packed in zip(facts["models"], weights, strict=True)
     )
-    title = f"minigpt: {facts['models'][0]['name']}"
+    title = "minigpt: " + " and ".join(model["name"] for model in facts["models"])
     return fill(FOLDER / "page.html", title, facts, [FOLDER / name for name in SCRIPTS], data=elements)
 
 

@@ -12,7 +12,11 @@ function lineChart(describe) {
     const width = Math.max(280, box.clientWidth || 640);
     box.replaceChildren(drawLines(describe(), width, Math.round(Math.min(340, 150 + width / 5))));
   };
-  new ResizeObserver(() => box.clientWidth && box.draw()).observe(box);
+  let width = 0;
+  new ResizeObserver(() => {
+    if (box.clientWidth && box.clientWidth !== width) box.draw();
+    width = box.clientWidth;
+  }).observe(box);
   return box;
 }
 
@@ -29,11 +33,13 @@ function drawLines({ label, xName, yName, series, marker = null }, width, height
   const atY = (y) => height - bottom - ((y - y0) / (y1 - y0 || 1)) * (height - top - bottom);
   const text = (x, y, anchor, content) => svg("text", { x, y, "text-anchor": anchor }, content);
   const rule = (kind, xa, ya, xb, yb) => svg("line", { class: kind, x1: xa, y1: ya, x2: xb, y2: yb });
+  // A label in the middle of the right edge would be cut off.
+  const atEdge = (x) => (x > width - 28 ? [width, height - bottom + 20, "end"] : [x, height - bottom + 20, "middle"]);
   const digits = decimals(yTicks), xTicks = ticks(x0, x1), xDigits = decimals(xTicks);
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label },
     yTicks.map((y) => rule("grid", left, atY(y), width - right, atY(y))),
     yTicks.map((y) => text(left - 8, atY(y) + 4, "end", fixed(y, digits))),
-    xTicks.map((x) => text(atX(x), height - bottom + 20, "middle", fixed(x, xDigits))),
+    xTicks.map((x) => text(...atEdge(atX(x)), fixed(x, xDigits))),
     text(width - right, height - 4, "end", xName), text(0, 12, "start", yName),
     marker === null ? null : rule("marker", atX(marker), top, atX(marker), height - bottom),
     series.map((line, n) => drawLine(line.points, n, atX, atY, marker)));

@@ -94,15 +94,15 @@ def describe_model(page_model: PageModel) -> Facts:
 
 
 def describe_sampling(sampling: SampleParams | None, tokenizers: Sequence[Tokenizer]) -> Facts:
-    """Return the settings that the page starts with, and the prompts of characters that all models know."""
+    """Return the settings that the page starts with, and the first prompt of characters that all models know."""
     values = (sampling or SamplingParams()).model_dump(exclude={"num_samples", "dtype", "compile"})
     prompts = values.pop("prompts", ["\n"])
     if values["seed"] > MAX_EXACT:
         values["seed"] = str(values["seed"])
     if values["overflow"] == "slide":  # in a browser, it takes seconds for each character
         values["overflow"] = "reread"
-    known = [prompt for prompt in prompts if not any(each.without_unknown(prompt)[1] for each in tokenizers)]
-    return {"sampling": values, "prompts": known}
+    known = (prompt for prompt in prompts if not any(each.without_unknown(prompt)[1] for each in tokenizers))
+    return {"sampling": values, "prompt": next(known, None)}
 
 
 def describe_training(results: Path) -> Facts:
@@ -181,14 +181,11 @@ def _describe_run(page_model: PageModel) -> Facts:
     train = _numbers(train)
     run |= {key: train[key] for key in ("steps", "best_step", "train_seconds", "val_loss") if key in train}
     val, baselines = (_numbers(evaluation.get(name)) for name in ("val", "baselines"))
-    run |= {key: val[key] for key in ("standard_error", "bits_per_character", "characters", "accuracy") if key in val}
-    if "loss" in val:
-        run["val_loss"] = val["loss"]
+    run |= {name: val[key] for key, name in (("loss", "val_loss"), ("standard_error", "standard_error")) if key in val}
     ngrams = {name: loss for name, loss in baselines.items() if name.endswith("gram")}
     if ngrams:
         loss, name = min((loss, name) for name, loss in ngrams.items())
-        run |= {"best_ngram": {"name": name, "loss": loss}, "uniform": baselines.get("uniform")}
-        run["baselines"] = baselines
+        run |= {"best_ngram": {"name": name, "loss": loss}, "baselines": baselines}
     return run
 
 

@@ -8,8 +8,8 @@ class ContextReader {
   }
 
   // Read character `index` of `ids`, in the context that begins at `start`, and return {attention, lens, units,
-  // logits}; null if `isCurrent` turned false in a pause.
-  async read(ids, index, start, isCurrent = () => true) {
+  // logits}; null if `isCurrent` turned false in a pause. Several calls in a row share their `slices`.
+  async read(ids, index, start, isCurrent = () => true, slices = new Slices()) {
     const kept = start === this.start ? Math.min(this.probes.length, index - start + 1) : 0;
     let same = 0;
     while (same < kept && this.cache.ids[same] === ids[start + same]) same++;
@@ -22,7 +22,6 @@ class ContextReader {
       this.probes.length = same;
     }
     this.start = start;
-    const slices = new Slices();
     while (this.probes.length <= index - start) {
       const probe = {};
       probe.logits = this.gpt.forward(ids[start + this.probes.length], this.cache, probe);
@@ -49,7 +48,8 @@ class Inspector {
     onPress($("previous"), () => this.sheet.select(Math.max(0, this.index - 1)));
     onPress($("next"), () => this.sheet.select(Math.min(this.sheet.length - 1, this.index + 1)));
     $("heat").addEventListener("input", () => {
-      desk.settings.set({ ...desk.settings.values, temperature: Number($("heat").value) });
+      desk.settings.inputs.temperature.value = $("heat").value;
+      desk.settings.changed();
     });
     Object.assign(desk.listeners, {
       select: (sheet, index) => this.select(sheet, index),
@@ -66,12 +66,22 @@ class Inspector {
   select(sheet, index) {
     for (const other of this.desk.sheets) if (index >= 0 && other !== sheet && other.selected >= 0) other.select(-1);
     if (index < 0 && this.sheet && this.sheet !== sheet) return;
+    // Another model may have fewer heads and units.
+    if (sheet.model !== this.sheet?.model) this.head = this.unit = null;
     Object.assign(this, { sheet, index });
+    if (index >= 0) this.announce();
     this.refresh();
+  }
+
+  announce() {
+    const { sheet, index } = this, bits = sheet.bits[index];
+    const chance = index ? bits !== null && `${fixed(bits, 1)} bits` : "not predicted";
+    $("announcer").textContent = [spoken(sheet.character(index)), chance].filter(Boolean).join(", ");
   }
 
   settingsChanged() {
     const { temperature } = this.desk.settings.values;
+    $("heat").max = Math.max(2, temperature);
     $("heat").value = temperature;
     $("heat-value").textContent = temperature;
     if (this.index >= 0) this.showCandidates();
@@ -94,9 +104,11 @@ class Inspector {
     $("inspector-hint").hidden = some;
     $("inspector").classList.toggle("empty", !some);
     this.probes = null;
+    $("inspector").setAttribute("aria-busy", String(some));
     if (some) await this.showSelected(isCurrent);
     else for (const name of ["candidates", "panel-attention", "panel-inside"]) $(name).replaceChildren();
     if (!isCurrent()) return;
+    $("inspector").setAttribute("aria-busy", "false");
     this.shadeAll();
     if (some && this.desk.shading === "unit") await this.shadeUnit();
     if (isCurrent()) await this.scoreRest(isCurrent);
@@ -139,15 +151,18 @@ class Inspector {
     if (sheet.bits[index] !== null) return;
     sheet.bits[index] = surprisal(logits, sheet.ids[index]);
     sheet.shadeCluster(sheet.clusterOf[index]);
+    if (sheet === this.sheet && index === this.index) this.announce();
   }
 
   // Score the characters of the prompts.
   async scoreRest(isCurrent) {
+    const slices = new Slices();
     for (const sheet of this.desk.sheets) {
       for (let i = 1; i < sheet.length && !this.desk.running; i++) {
         if (sheet.bits[i] !== null) continue;
         const start = sheet.starts[i] ?? this.startOf(sheet, i);
-        const read = i > start && (await this.readers.get(sheet.model).read(sheet.ids, i - 1, start, isCurrent));
+        const reader = this.readers.get(sheet.model);
+        const read = i > start && (await reader.read(sheet.ids, i - 1, start, isCurrent, slices));
         if (!isCurrent()) return;
         if (read) this.score(sheet, i, read.logits);
       }
@@ -157,15 +172,14 @@ class Inspector {
   showHead() {
     const { sheet, index } = this, c = sheet.character(index), bits = sheet.bits[index], logits = sheet.logits[index];
     const rank = logits && 1 + logits.reduce((count, z) => count + (z > logits[sheet.ids[index]]), 0);
-    const odds = bits === null ? "not predicted" : `${fixed(bits)} bits, probability ${percent(2 ** -bits)}`;
+    const chance = bits === null ? "not predicted" : `${fixed(bits)} bits, probability ${percent(2 ** -bits)}`;
     const place = `character ${whole(index + 1)} of ${whole(sheet.length)}${rank ? `, rank ${rank}` : ""}`;
     const several = this.desk.models.length > 1;
     $("inspector-title").textContent = several ? `The character of ${sheet.model.name}` : "The selected character";
     $("selected-glyph").textContent = glyph(c);
     $("selected-facts").replaceChildren(
       el("div", {}, `${spoken(c)} `, codePoint(c) === spoken(c) ? "" : el("span", { class: "muted" }, codePoint(c))),
-      el("div", {}, index ? odds : "the first character is not predicted"), el("div", { class: "muted" }, place));
-    $("announcer").textContent = `${spoken(c)}, ${bits === null ? "not predicted" : `${fixed(bits, 1)} bits`}`;
+      el("div", {}, index ? chance : "the first character is not predicted"), el("div", { class: "muted" }, place));
   }
 
   // ----------------------------------------------------------------------------------------------------- the panels
@@ -174,7 +188,7 @@ class Inspector {
     const { sheet, index } = this, logits = sheet.logits[index] ?? this.probes?.before?.logits;
     if (index && logits) {
       const choose = (id) => this.desk.branch(sheet, index, id);
-      const after = this.drawn(logits, this.desk.settings.values);
+      const after = this.filtered(logits, this.desk.settings.values);
       $("candidates").replaceChildren(
         ...candidateList(sheet.model.characters, softmax(logits), after, sheet.ids[index], choose));
     } else {
@@ -184,7 +198,7 @@ class Inspector {
   }
 
   // Return the distribution from which a character would be drawn, with the settings as they are now.
-  drawn(logits, sampling) {
+  filtered(logits, sampling) {
     const { sheet, index } = this, context = sheet.model.config.block_size;
     const ids = sheet.ids.slice(Math.max(0, index - context), index);
     const adjusted = sampling.repetition_penalty === 1 ? logits : penalize(logits, ids, sampling.repetition_penalty);
@@ -203,7 +217,7 @@ class Inspector {
   }
 
   showAttention() {
-    const panel = $("panel-attention"), before = this.probes?.before;
+    const panel = $("panel-attention"), { before } = this.probes;
     if (!before) return panel.replaceChildren(hint("No character comes before this one."));
     const heads = before.attention[0].length, focused = panel.contains(document.activeElement);
     const rows = before.attention.map((row, layer) => [
@@ -228,6 +242,7 @@ class Inspector {
   }
 
   chooseHead(head) {
+    if (!this.probes) return; // the panel still shows the character before
     this.head = head;
     this.showAttention();
     $("panel-attention").querySelector("[aria-checked=true]").focus();
@@ -255,6 +270,7 @@ class Inspector {
   }
 
   chooseUnit(unit) {
+    if (!this.probes) return;
     this.unit = unit;
     this.showInside();
     $("panel-inside").querySelector("[aria-pressed=true]")?.focus();
@@ -296,6 +312,7 @@ class Inspector {
       if (this.activations.get(sheet) !== entry) return;
       if (sheet.string() !== entry.text) return this.activations.delete(sheet);
     }
+    this.shadeAll(); // the last slice, if another character was selected meanwhile
   }
 
   // Return the values to shade a text by, {first, weights}; null if there are none.
@@ -308,19 +325,23 @@ class Inspector {
 
   shadeAll() {
     const kind = this.desk.shading;
-    let legend = kind === "surprise" ? "8 bits or more" : "";
+    let from = "0", to = kind === "surprise" ? "8 bits or more" : "";
     for (const sheet of this.desk.sheets) {
       const shown = this.weightsOf(sheet, kind);
       const highest = shown ? shown.weights.reduce((a, b) => Math.max(a, Math.abs(b)), 0) || 1 : 1;
       if (kind === "surprise") sheet.shade(kind, (i) => sheet.bits[i] / 8);
       else sheet.shade(kind, shown && ((i) => shown.weights[i - shown.first] / highest));
       if (shown && kind === "attention") {
-        legend = `${percent(highest)}, ${this.head ? headName(this.head) : "mean of all heads"}`;
+        to = `${percent(highest)}, ${this.head ? headName(this.head) : "mean of all heads"}`;
       }
-      if (shown && kind === "unit") legend = `${fixed(highest)}, ${unitName(this.activations.get(sheet))}`;
+      if (shown && kind === "unit") {
+        if (shown.weights.some((value) => value < 0)) from = fixed(-highest);
+        to = `${fixed(highest)}, ${unitName(this.activations.get(sheet))}`;
+      }
     }
+    const ramp = el("span", { class: `ramp${from === "0" ? "" : " signed"}`, "aria-hidden": "true" });
     $("legend").dataset.shade = kind;
-    $("legend").replaceChildren(...(legend ? ["0", el("span", { class: "ramp", "aria-hidden": "true" }), legend] : []));
+    $("legend").replaceChildren(...(to ? [from, ramp, to] : []));
   }
 
   // --------------------------------------------------------------------------------------------------- copied text

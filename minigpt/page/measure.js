@@ -29,7 +29,12 @@ class Measure {
 
   check() {
     const unknown = describeUnknown(this.model.normalized($("measure-text").value), this.model.ids);
-    $("measure-note").textContent = unknown && `${unknown} Left out.`;
+    this.say(unknown && `${unknown} Left out.`);
+  }
+
+  // Show a note. A screen reader reads it again whenever it is set.
+  say(note) {
+    if ($("measure-note").textContent !== note) $("measure-note").textContent = note;
   }
 
   // Score the text in windows that do not overlap, as the validation text was scored.
@@ -39,9 +44,9 @@ class Measure {
     $("measured").hidden = true;
     $("figures").replaceChildren();
     if (ids.length < 2) {
-      $("measure-note").textContent = "Type or paste at least two characters.";
-      return;
+      return this.say("Type or paste at least two characters.");
     }
+    let told = performance.now();
     const cache = model.gpt.makeCache(), slices = new Slices(), context = model.config.block_size;
     sheet.clear();
     sheet.append(ids[0]);
@@ -50,7 +55,10 @@ class Measure {
       const logits = model.gpt.forward(ids[i], cache);
       sheet.append(ids[i + 1], { bits: surprisal(logits, ids[i + 1]), start: i - (i % context), logits });
       if (!slices.due) continue;
-      $("measure-note").textContent = `${whole(i)} of ${whole(ids.length)} characters read`;
+      if (performance.now() - told > 1000) {
+        this.say(`${whole(i)} of ${whole(ids.length)} characters read`);
+        told = performance.now();
+      }
       await slices.pause();
       if (turn !== this.turn) return;
     }
@@ -143,7 +151,7 @@ class Measure {
     if (!(await this.desk.stop())) return;
     this.desk.remember();
     target.select(-1);
-    target.restore({ ...this.sheet.snapshot(), given: 0, promptLength: this.sheet.length });
+    target.restore({ ...this.sheet.snapshot(), logits: this.sheet.logits, given: 0, promptLength: this.sheet.length });
     target.writer = null;
     this.show("write");
     target.text.focus();

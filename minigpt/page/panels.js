@@ -15,11 +15,11 @@ function candidateList(characters, before, after, chosen, choose) {
   const top = Math.max(...ids.map((id) => Math.max(before[id], after[id])));
   const rows = ids.map((id) => {
     const own = id === chosen, c = characters[id];
-    const odds = `${percent(before[id])}, ${after[id] ? `${percent(after[id])} after filters` : "filtered out"}`;
+    const chances = `${percent(before[id])}, ${after[id] ? `${percent(after[id])} after filters` : "filtered out"}`;
     const action = own ? "this is the character of the text" : "rewrite from here";
     return el("li", {}, el("button", {
       type: "button", class: `candidate${own ? " own" : ""}${after[id] ? "" : " out"}`,
-      "aria-label": `${spoken(c)}: ${odds}; ${action}`, onclick: () => own || choose(id),
+      "aria-label": `${spoken(c)}: ${chances}; ${action}`, onclick: () => own || choose(id),
     },
     el("span", { class: "glyph prose", "aria-hidden": "true" }, glyph(c)),
     el("span", { class: "bars" }, bar("before", before[id] / top), bar("after", after[id] / top)),
@@ -36,15 +36,15 @@ function candidateList(characters, before, after, chosen, choose) {
 
 // Return a button with a small chart of the attention of a head, or of the mean of all heads.
 function headButton(name, weights, chosen, description, choose) {
-  const width = 64, shown = weights.slice(-width), highest = weights.reduce((a, b) => Math.max(a, b));
+  const width = 64, shown = peaks(weights, width), highest = Math.max(...shown);
   const height = (w) => Math.max(0.4, (w / highest) * 22).toFixed(1);
-  const bars = Array.from(shown, (w, t) => `M${width - shown.length + t + 0.5} 24v-${height(w)}`).join("");
-  const whole = name === null;
+  const bars = shown.map((w, t) => `M${width - shown.length + t + 0.5} 24v-${height(w)}`).join("");
+  const all = name === null;
   return el("button", {
-    type: "button", role: "radio", class: `head${whole ? " mean" : ""}`, title: name ?? "Mean of all heads",
+    type: "button", role: "radio", class: `head${all ? " mean" : ""}`, title: name ?? "Mean of all heads",
     "aria-label": `${name ?? "Mean of all heads"}: ${description}`,
     "aria-checked": String(chosen), tabindex: chosen ? 0 : -1, onclick: choose,
-  }, whole ? el("span", { class: "row-name" }, "all heads") : null,
+  }, all ? el("span", { class: "row-name" }, "all heads") : null,
   svg("svg", { viewBox: `0 0 ${width} 25`, preserveAspectRatio: "none", "aria-hidden": "true" },
     svg("path", { d: bars })));
 }

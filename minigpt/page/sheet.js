@@ -21,7 +21,7 @@ class Sheet {
   clear() {
     Object.assign(this, { ids: [], bits: [], starts: [], logits: [], runs: [], selected: -1 });
     // Characters of the reader, those before the writer began, and random numbers of the seed that were used.
-    Object.assign(this, { given: 0, promptLength: 0, drawn: 0 });
+    Object.assign(this, { given: 0, promptLength: 0, drawn: 0, speed: null });
     Object.assign(this, { clusters: [], clusterOf: [], shadeValue: null });
     this.text.replaceChildren();
     this.text.removeAttribute("aria-activedescendant");
@@ -94,23 +94,26 @@ class Sheet {
     this.flush();
   }
 
-  // Return the text with its notes, for restore().
+  // Return the text with its notes, for restore(). The logits are left out, because those of a long text take up 32 MB.
   snapshot() {
-    const { ids, bits, starts, logits, given, promptLength, drawn } = this;
-    return { ids: [...ids], bits: [...bits], starts: [...starts], logits: [...logits], given, promptLength, drawn };
+    const { ids, bits, starts, given, promptLength, drawn } = this;
+    return { ids: [...ids], bits: [...bits], starts: [...starts], given, promptLength, drawn };
   }
 
-  restore({ ids, bits, starts, logits, given, promptLength, drawn }) {
+  restore({ ids, bits, starts, given, promptLength, drawn, logits = [] }) {
     this.clear();
     Object.assign(this, { given, promptLength, drawn });
-    ids.forEach((id, i) => this.append(id, { bits: bits[i], start: starts[i], logits: logits[i] }));
+    ids.forEach((id, i) => this.append(id, { bits: bits[i], start: starts[i], logits: logits[i] ?? null }));
     this.flush();
   }
 
   // ------------------------------------------------------------------------------------------------------- shading
 
-  // Shade the text: `value(index)` is in [-1, 1], or null for a character without a value.
+  // Shade the text: `value(index)` is in [-1, 1], or null for a character without a value. Surprise does not depend on
+  // the selection: a text that is shaded by it stays so.
   shade(kind, value) {
+    const done = this.text.dataset.shade === kind && (kind === "plain" || (kind === "surprise" && this.shadeValue));
+    if (done) return;
     this.text.dataset.shade = kind;
     this.shadeValue = value;
     for (const cluster of this.clusters) this.shadeCluster(cluster);
@@ -152,18 +155,11 @@ class Sheet {
       element.setAttribute("aria-selected", "true");
       element.id = `${this.text.id}-selected`;
       this.text.setAttribute("aria-activedescendant", element.id);
-      this.reveal(element);
     } else {
       this.text.removeAttribute("aria-activedescendant");
     }
     this.onSelect(this, index);
-  }
-
-  // Scroll within the text, never the page.
-  reveal(element) {
-    const box = element.getBoundingClientRect(), frame = this.text.getBoundingClientRect();
-    if (box.top < frame.top + 8) this.text.scrollTop -= frame.top + 8 - box.top;
-    if (box.bottom > frame.bottom - 8) this.text.scrollTop += box.bottom - frame.bottom + 8;
+    element?.scrollIntoView({ block: "nearest" }); // last, because the inspector may appear above the text
   }
 
   click(event) {
@@ -174,7 +170,7 @@ class Sheet {
 
   press(event) {
     if (event.altKey || event.metaKey || !this.length) return;
-    const at = this.selected < 0 ? null : this.selected, backwards = at !== null && isRightToLeft(this.character(at));
+    const at = this.selected < 0 ? null : this.selected, backwards = at !== null && this.runsBackwards(at);
     const moves = {
       ArrowRight: () => (backwards ? at - 1 : (at ?? -1) + 1),
       ArrowLeft: () => (backwards ? at + 1 : (at ?? this.length) - 1),
@@ -187,6 +183,16 @@ class Sheet {
     else if (Object.hasOwn(moves, event.key)) this.select(Math.max(0, Math.min(this.length - 1, moves[event.key]())));
     else return;
     event.preventDefault();
+  }
+
+  // Whether the text runs from right to left at character `index`. A space or a digit has the direction of the letter
+  // before, or of the first one.
+  runsBackwards(index) {
+    const isLetter = (i) => /\p{L}/u.test(this.character(i));
+    let at = index;
+    while (at > 0 && !isLetter(at)) at--;
+    while (at < this.length - 1 && !isLetter(at)) at++;
+    return isRightToLeft(this.character(at));
   }
 
   // Return the character nearest to character `index` on the line above (-1) or below (1).

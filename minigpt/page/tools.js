@@ -31,7 +31,8 @@ function enable(button, enabled) {
 // Call `action` on Ctrl Enter, or Command Enter, while the element `view` is shown.
 function onSubmitKey(view, action) {
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$(view).hidden) action();
+    const pressed = event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat;
+    if (pressed && !$(view).hidden) action();
   });
 }
 
@@ -78,6 +79,7 @@ class Tabs {
 // ------------------------------------------------------------------------------------------------------- numbers
 
 const whole = (n) => n.toLocaleString("en", { maximumFractionDigits: 0 });
+const plural = (n, name) => `${whole(n)} ${name}${n === 1 ? "" : "s"}`;
 
 function fixed(n, digits = 2) {
   return n.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -118,6 +120,13 @@ function surprisal(logits, id) {
 // Return the indices of the `count` largest values, the largest first.
 function largest(values, count) {
   return Array.from(values.keys()).sort((a, b) => values[b] - values[a] || a - b).slice(0, count);
+}
+
+// Return the largest value of each of at most `count` groups of neighbors, which end with the last value.
+function peaks(values, count) {
+  const size = Math.ceil(values.length / count), groups = Math.ceil(values.length / size);
+  const end = (n) => values.length - (groups - n) * size;
+  return Array.from({ length: groups }, (_, n) => Math.max(...values.slice(Math.max(0, end(n)), end(n + 1))));
 }
 
 // Return two to six round numbers between `low` and `high`, or `low` alone if they are equal.
@@ -170,7 +179,8 @@ function describeUnknown(text, ids) {
 }
 
 // Return the first character of the context from which character `index` of a text is predicted, by the rules of
-// Writer.read for a text that began with `promptLength` characters.
+// Writer.read for a text that began with `promptLength` characters. The writer reads only the end of a prompt that is
+// longer than the context. The characters before it have contexts that many of them share, so they are soon read.
 function contextStart(index, promptLength, config, overflow) {
   const context = config.block_size;
   if (overflow === "roll") {
@@ -180,11 +190,10 @@ function contextStart(index, promptLength, config, overflow) {
     return Math.max(0, Math.floor((index - reach) / context) * context);
   }
   const first = Math.max(0, promptLength - context);
-  if (index <= first) return Math.max(0, index - context);
-  if (index <= first + context) return first;
-  if (overflow === "slide") return index - context;
+  if (index > first && overflow === "slide") return Math.max(first, index - context);
+  const begin = index > first ? first : 0;
   const half = Math.max(1, Math.floor(context / 2)), kept = context - half + 1;
-  return first + kept * Math.ceil((index - first - context) / kept);
+  return begin + kept * Math.max(0, Math.ceil((index - begin - context) / kept));
 }
 
 // Yield the runs of at least `minimum` characters that occur in `corpus`: {start, length, source}. A run is the longest

@@ -67,8 +67,11 @@ function playThrough(button, slider, move) {
 function showAbout(desk, page) {
   const { facts, models } = desk, several = models.length > 1;
   const text = () => desk.sheets.map((sheet) => sheet.string()).join("\n\n");
-  const save = (id, name, label, content) =>
-    el("button", { type: "button", id, onclick: () => download(name, content()) }, label);
+  const save = (id, name, label, content) => {
+    const button = el("button", { type: "button", id }, label);
+    onPress(button, () => download(name, content()));
+    return button;
+  };
   $("view-about").replaceChildren(el("div", { class: "pages" },
     models.map((model) => aboutModel(model, model.facts.run, several)),
     el("div", {},
@@ -80,14 +83,12 @@ function showAbout(desk, page) {
       el("section", {}, el("h2", { class: "label" }, "Keys"), keys()))));
 }
 
-const count = (n, name) => `${whole(n)} ${name}${n === 1 ? "" : "s"}`;
-
 function aboutModel(model, run, several) {
   const { config: c, facts } = model, { val_loss: loss, standard_error: error } = run;
   const seconds = run.train_seconds ? ` in ${whole(run.train_seconds)} seconds` : "";
   const best = run.best_step ? `; the weights are those of step ${whole(run.best_step)}` : "";
   const nats = (value, error) => `${fixed(value, 4)}${error ? ` ± ${fixed(error, 4)}` : ""} nats per character`;
-  const size = `${count(c.n_layer, "block")} of ${count(c.n_head, "head")}, ${c.n_embd} channels`;
+  const size = `${plural(c.n_layer, "block")} of ${plural(c.n_head, "head")}, ${c.n_embd} channels`;
   const rows = [
     ["Training text", run.source],
     ["Parameters", run.parameters && `${whole(run.parameters)}, stored as ${facts.dtype}`],

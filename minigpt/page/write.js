@@ -21,7 +21,7 @@ class Model {
 }
 
 // Any number of digits is allowed in a fraction, so its field has no step, and nudge() handles its arrow keys.
-const number = (min, max, step = "any") => ({ type: "number", min, max, step });
+const numeric = (min, max, step = "any") => ({ type: "number", min, max, step });
 
 // Change a fraction by 0.05 when an arrow key is pressed.
 function nudge(event) {
@@ -35,13 +35,13 @@ function nudge(event) {
 
 // The settings: name in params.yaml, label, hint, attributes of the input.
 const FIELDS = [
-  ["temperature", "Temperature", "divides the logits; 0: always the likeliest", number(0, 5)],
-  ["top_k", "Top-k", "keep the k likeliest; 0: all", number(0, null, 1)],
-  ["top_p", "Top-p", "keep the likeliest up to this sum; 1: all", number(0.01, 1)],
-  ["min_p", "Min-p", "keep those as likely as this share of the likeliest", number(0, 1)],
-  ["repetition_penalty", "Repetition penalty", "of characters in the context; 1: off", number(0.1, 5)],
+  ["temperature", "Temperature", "divides the logits; 0: always the likeliest", numeric(0, 5)],
+  ["top_k", "Top-k", "keep the k likeliest; 0: all", numeric(0, null, 1)],
+  ["top_p", "Top-p", "keep the likeliest up to this sum; 1: all", numeric(0.01, 1)],
+  ["min_p", "Min-p", "keep those as likely as this share of the likeliest", numeric(0, 1)],
+  ["repetition_penalty", "Repetition penalty", "of characters in the context; 1: off", numeric(0.1, 5)],
   ["seed", "Seed", "the same seed writes the same text", { type: "text", inputmode: "numeric", pattern: "[0-9]+" }],
-  ["max_new_tokens", "Length", "characters to write", number(1, 100000, 1)],
+  ["max_new_tokens", "Length", "characters to write", numeric(1, 100000, 1)],
   ["stop", "Stop text", "ends the text; \\n is a new line, | separates several", { type: "text", spellcheck: "false" }],
 ];
 
@@ -59,10 +59,11 @@ const PRESETS = {
 class Settings {
   constructor(defaults, canRoll, onChange) {
     Object.assign(this, { onChange, defaults: { stop: [], overflow: "reread", ...defaults } });
+    if (!canRoll && this.defaults.overflow === "roll") this.defaults.overflow = "reread";
     this.inputs = {};
-    for (const [name, label, hint, attributes] of FIELDS) {
+    for (const [name, label, description, attributes] of FIELDS) {
       this.inputs[name] = el("input", { id: `set-${name}`, "aria-describedby": `hint-${name}`, ...attributes });
-      this.addField(name, label, hint);
+      this.addField(name, label, description);
     }
     const options = Object.entries(OVERFLOWS).filter(([name]) => canRoll || name !== "roll");
     this.inputs.overflow = el("select", { id: "set-overflow", "aria-describedby": "hint-overflow" },
@@ -75,9 +76,9 @@ class Settings {
     this.set({});
   }
 
-  addField(name, label, hint) {
+  addField(name, label, description) {
     $("fields").append(el("div", { class: "field" }, el("label", { for: `set-${name}` }, label), this.inputs[name],
-      el("span", { class: "hint", id: `hint-${name}` }, hint)));
+      el("span", { class: "hint", id: `hint-${name}` }, description)));
   }
 
   // Set values; those not given are the defaults. A preset keeps the seed, the length and the like.
@@ -92,9 +93,10 @@ class Settings {
   }
 
   changed() {
-    for (const [name, , hint] of FIELDS) {
+    for (const [name, , description] of FIELDS) {
       const input = this.inputs[name], wrong = !input.checkValidity();
-      $(`hint-${name}`).textContent = wrong ? `${input.validationMessage} Used instead: ${this.defaults[name]}.` : hint;
+      const problem = `${input.validationMessage} Used instead: ${this.defaults[name]}.`;
+      $(`hint-${name}`).textContent = wrong ? problem : description;
       input.setAttribute("aria-invalid", String(wrong));
     }
     const now = this.values;
@@ -130,6 +132,12 @@ const escaped = (text) => text.replace(/[\n\r|\\]/g, (c) => `\\${ESCAPES[c]}`);
 const unescaped = (line) => (line.match(/(?:\\[nr|\\]|[^|])+/g) ?? []).map((text) =>
   text.replace(/\\([nr|\\])/g, (_, letter) => Object.keys(ESCAPES).find((c) => ESCAPES[c] === letter)));
 
+// Whether two settings choose the same characters: the length and the stop texts do not matter.
+function samplesAlike(a, b) {
+  const chosen = (values) => JSON.stringify({ ...values, max_new_tokens: 0, stop: [] });
+  return chosen(a) === chosen(b);
+}
+
 // The view that writes: one sheet for each model, and a history for Undo.
 class Desk {
   constructor(models, facts) {
@@ -162,7 +170,7 @@ class Desk {
     onPress($("stop"), () => this.stop());
     onPress($("continue"), () => this.continue());
     onPress($("undo"), () => this.undo());
-    prompt.value = (this.facts.prompts?.[0] ?? "").replace(/^\n$/, "");
+    prompt.value = (this.facts.prompt ?? "").replace(/^\n$/, "");
     this.checkPrompt();
   }
 
@@ -199,9 +207,9 @@ class Desk {
     if (!this.checkPrompt()) return $("prompt").focus();
     if (!(await this.stop())) return;
     this.remember();
+    for (const sheet of this.sheets) sheet.clear();
     for (const sheet of this.sheets) {
-      sheet.clear();
-      sheet.select(-1); // after clear(), because it sets the shading of the new text
+      sheet.select(-1); // after clear(), because it sets the shading of the new texts
       const ids = sheet.model.encode(this.prompt);
       sheet.promptLength = sheet.given = ids.length;
       for (const id of ids) sheet.append(id);
@@ -221,9 +229,12 @@ class Desk {
   async continue() {
     if (!(await this.stop())) return;
     this.remember();
+    const { values } = this.settings;
     for (const sheet of this.sheets) {
-      const same = sheet.writer && JSON.stringify(sheet.writer.sampling) === JSON.stringify(this.settings.values);
-      if (same && sheet.writer.ids.length === sheet.length) continue;
+      if (sheet.writer?.ids.length === sheet.length && samplesAlike(sheet.writer.sampling, values)) {
+        sheet.writer.sampling = values;
+        continue;
+      }
       sheet.writer = this.startWriter(sheet, sheet.drawn);
       sheet.promptLength = sheet.length;
     }
@@ -274,13 +285,13 @@ class Desk {
     this.finish("Undone.");
   }
 
-  // Write `count` characters on each of the sheets.
-  async run(count, sheets = this.sheets) {
+  // Write `length` characters on each of the sheets.
+  async run(length, sheets = this.sheets) {
     const running = { stopped: false, begin: performance.now() }, slices = new Slices();
     this.running = running;
     running.over = new Promise((resolve) => (running.end = resolve));
     this.refresh();
-    const pens = sheets.map((sheet) => ({ sheet, remaining: count, first: sheet.length }));
+    const pens = sheets.map((sheet) => ({ sheet, remaining: length, first: sheet.length }));
     try {
       for (let active = pens; active.length && !running.stopped; active = active.filter((pen) => pen.remaining > 0)) {
         for (const pen of active) this.step(pen);
@@ -292,9 +303,9 @@ class Desk {
     } finally {
       this.running = null;
       running.end();
-      const written = sum(pens.map(({ sheet, first }) => sheet.length - first));
-      this.speed = (1000 * written) / (performance.now() - running.begin);
-      this.finish(`${whole(written)} characters written.`);
+      const seconds = (performance.now() - running.begin) / 1000;
+      for (const { sheet, first } of pens) sheet.speed = (sheet.length - first) / seconds;
+      this.finish(`${plural(sum(pens.map(({ sheet, first }) => sheet.length - first)), "character")} written.`);
     }
   }
 
@@ -323,8 +334,8 @@ class Desk {
     for (const sheet of this.sheets) sheet.flush();
     this.refresh();
     this.showStats();
-    $("announcer").textContent = message;
     this.listeners.text();
+    $("announcer").textContent = message;
   }
 
   refresh() {
@@ -332,19 +343,19 @@ class Desk {
     enable($("stop"), Boolean(this.running));
     enable($("continue"), some && !this.running);
     enable($("undo"), this.undone.length > 0);
-    if ($("download-text")) enable($("download-text"), some);
+    enable($("download-text"), some);
     document.body.classList.toggle("writing", Boolean(this.running));
   }
 
   // Show the length and the mean surprisal of each text next to the validation loss.
   showStats() {
     for (const sheet of this.sheets) {
-      const written = sheet.length - sheet.given, bits = mean(sheet.bits.slice(Math.max(1, sheet.given)));
+      const written = sheet.length - sheet.given, surprise = mean(sheet.bits.slice(Math.max(1, sheet.given)));
       const validation = sheet.model.facts.run.val_loss / Math.LN2;
       const parts = [
-        `${whole(written)} characters`, bits !== null && `${fixed(bits)} bits per character`,
+        plural(written, "character"), surprise !== null && `${fixed(surprise)} bits per character`,
         validation && `validation text ${fixed(validation)}`,
-        !this.running && this.speed && `${whole(this.speed)} characters/s`,
+        !this.running && sheet.speed && `${whole(sheet.speed)} characters/s`,
       ];
       sheet.stats.textContent = sheet.length ? parts.filter(Boolean).join(" · ") : "";
     }

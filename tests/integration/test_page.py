@@ -11,7 +11,7 @@ import regex
 import torch
 from helpers.browser import chromium, finish, firefox, opened, select, write
 from helpers.servers import free_port, process
-from helpers.workspace import make_workspace, python
+from helpers.workspace import make_workspace, params_with, python
 
 from minigpt import ops
 from minigpt.data.tokenizer import Tokenizer
@@ -66,19 +66,17 @@ def songs(trained):
     return (trained / "data/songs.txt").read_text(encoding="utf-8")
 
 
-def make_page(path, characters, models=1, **architecture):
-    """Write a page with models with random weights for a vocabulary."""
-    from helpers.workspace import params_with
-
+def make_page(path, characters, *architectures, sampling=None):
+    """Write a page with models with random weights for a vocabulary, one for each architecture."""
     tokenizer = Tokenizer("".join(sorted(characters)))
     pages = []
-    for number in range(models):
+    for number, architecture in enumerate(architectures or ({},)):
         torch.manual_seed(number)
         model = GPT(params_with(model=architecture).model, tokenizer.vocab_size).eval()
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         pages.append(PageModel(f"model {number}", model, tokenizer))
-    build_page(pages, path)
+    build_page(pages, path, sampling=sampling)
     return path
 
 
@@ -125,6 +123,28 @@ def test_text_can_be_stopped_continued_and_undone(tab, songs):
     assert continued.startswith(stopped) and len(continued) == len(stopped) + 30
     tab.click("#undo")
     assert finish(tab) == stopped
+
+
+def test_continued_text_does_not_depend_on_its_lengths(tab, songs):
+    whole = write(tab, songs[:3], max_new_tokens=3 * BLOCK)
+    write(tab, songs[:3], max_new_tokens=BLOCK + 1)
+    tab.evaluate(
+        "desk.settings.set({ ...desk.settings.values, max_new_tokens: 2 * desk.models[0].config.block_size - 1 })"
+    )
+    tab.click("#continue")
+    assert finish(tab) == whole
+
+
+def test_character_of_an_undone_text_can_be_inspected(tab):
+    write(tab, max_new_tokens=40)
+    select(tab, 9)
+    before = tab.inner_text("#candidates")
+    write(tab, max_new_tokens=10)
+    tab.click("#undo")
+    finish(tab)
+    select(tab, 9)
+    tab.wait_for_selector("#inspector[aria-busy=false]")
+    assert tab.inner_text("#candidates") == before
 
 
 def test_stop_text_ends_the_text(tab):
@@ -337,11 +357,12 @@ def test_graphemes_of_devanagari_are_not_split(tab, songs):
 
 def test_left_arrow_moves_forward_in_hebrew(browser, tmp_path):
     with opened(browser, make_page(tmp_path / "hebrew.html", "\n אבגדה")) as tab:
-        write(tab, "אבגד", max_new_tokens=20, temperature=1)
+        write(tab, "אב גד", max_new_tokens=20, temperature=1)
         tab.evaluate("desk.sheets[0].select(1)")
         tab.focus("#text0")
-        tab.keyboard.press("ArrowLeft")
-        assert tab.evaluate("inspector.index") == 2
+        for index in (2, 3):  # a space, and the letter after it
+            tab.keyboard.press("ArrowLeft")
+            assert tab.evaluate("inspector.index") == index
         boxes = tab.evaluate(
             "desk.sheets[0].clusters.slice(0, 2).map(({ element }) => element.getBoundingClientRect().x)"
         )
@@ -349,13 +370,47 @@ def test_left_arrow_moves_forward_in_hebrew(browser, tmp_path):
 
 
 def test_two_models_write_side_by_side(browser, tmp_path):
-    with opened(browser, make_page(tmp_path / "two.html", "\nabc", models=2)) as tab:
+    with opened(browser, make_page(tmp_path / "two.html", "\nabc", {}, {})) as tab:
         write(tab, "ab", max_new_tokens=50, temperature=1)
         texts = tab.evaluate("desk.sheets.map((sheet) => sheet.string())")
         assert [len(text) for text in texts] == [52, 52] and texts[0] != texts[1]
         tab.evaluate("desk.sheets[1].select(4)")
         assert tab.evaluate("inspector.sheet === desk.sheets[1]")
         tab.wait_for_selector(".candidate")
+
+
+def test_chosen_head_and_unit_are_forgotten_for_a_model_that_may_not_have_them(browser, tmp_path):
+    larger, smaller = {"n_layer": 2, "n_head": 2}, {"n_layer": 1, "n_head": 1, "mlp_ratio": 1}
+    with opened(browser, make_page(tmp_path / "two.html", "\nabc", larger, smaller)) as tab:
+        write(tab, "ab", max_new_tokens=20, temperature=1)
+        select(tab, 9, "attention")
+        tab.locator(".head").last.click()
+        select(tab, 9, "inside")
+        tab.evaluate("inspector.chooseUnit({ layer: 1, unit: desk.models[0].config.n_embd })")
+        for panel in ("attention", "inside"):
+            tab.click(f"#tab-{panel}")
+            tab.evaluate("desk.sheets[1].select(9)")
+            tab.wait_for_selector("#inspector[aria-busy=false]")
+            assert tab.locator(".head").count() == 2  # the mean of all, and the only one
+
+
+def test_page_rolls_only_if_all_its_models_can(browser, tmp_path):
+    rotary, learned = {"positions": "rotary"}, {"positions": "learned"}
+    sampling = params_with(sample={"overflow": "roll"}).sample
+    with opened(browser, make_page(tmp_path / "two.html", "\nabc", rotary, learned, sampling=sampling)) as tab:
+        assert len(write(tab, "ab", max_new_tokens=20)) == 22
+        assert tab.evaluate("desk.settings.values.overflow") == "reread"
+
+
+def test_selected_character_is_not_behind_the_inspector(browser, path):
+    with opened(browser, path, width=360, height=640) as tab:
+        write(tab, max_new_tokens=600)
+        tab.focus("#text0")
+        for _ in range(12):
+            tab.keyboard.press("ArrowDown")
+            tab.wait_for_selector("#inspector[aria-busy=false]")
+            box, inspector = (tab.locator(part).bounding_box() for part in ("#text0-selected", "#inspector"))
+            assert box["y"] >= 0 and box["y"] + box["height"] <= inspector["y"]
 
 
 def test_damaged_page_says_so(browser, path, tmp_path):

@@ -68,7 +68,6 @@ def test_page_has_the_facts_of_all_stages(workspace):
     assert RUN.items() <= run.items()
     assert (run["val_loss"], run["standard_error"], run["steps"]) == (1.25, 0.01, 12)
     assert run["best_ngram"] == {"name": "3-gram", "loss": 1.4}
-    assert run["uniform"] == 3.3
     assert facts["history"] == [{"step": 0, "train_loss": 3.25, "val_loss": 3.5}]
     assert facts["samples"] == [{"step": 0, "prompt": "\n", "text": "1.50"}]
     assert facts["positions"] == [2.5]
@@ -84,7 +83,7 @@ def test_page_of_a_model_alone_has_the_default_sampling_parameters(workspace):
     folder = workspace / "elsewhere"
     (workspace / "models" / "gpt").rename(folder)
     facts = built(folder, output=workspace / "page.html")
-    assert set(facts) == {"models", "sampling", "prompts"}
+    assert set(facts) == {"models", "sampling", "prompt"}
     assert set(facts["models"][0]["run"]) == {"parameters"}
     assert facts["models"][0]["name"] == f"{folder.parent.name}/{folder.name}"
     assert (facts["sampling"]["temperature"], facts["sampling"]["overflow"]) == (0.8, "reread")
@@ -168,13 +167,13 @@ def test_seed_that_javascript_would_round_is_a_text(seed, shown):
     facts = page_facts.describe_sampling(sampling, [Tokenizer("\nab")])
     assert facts["sampling"]["seed"] == shown
     assert facts["sampling"]["overflow"] == "reread"
-    assert facts["prompts"] == ["\n"]
+    assert facts["prompt"] == "\n"
 
 
 def test_page_of_two_models_starts_with_a_prompt_that_both_know():
     sampling = params_with(sample={"prompts": ["a", "b"]}).sample
-    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("bc")])["prompts"] == ["b"]
-    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("cd")])["prompts"] == []
+    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("bc")])["prompt"] == "b"
+    assert page_facts.describe_sampling(sampling, [Tokenizer("ab"), Tokenizer("cd")])["prompt"] is None
 
 
 def test_numbers_of_tables_are_finite(workspace):

@@ -36,6 +36,20 @@ def test_context_starts_where_the_writer_starts_it(engine, context, overflow):
         assert starts == starts_of_writer(prompt, 40, context, overflow)
 
 
+@pytest.mark.parametrize("overflow", ["reread", "slide"])
+@pytest.mark.parametrize("context", [2, 3, 8])
+def test_characters_of_a_long_prompt_share_a_few_contexts(engine, context, overflow):
+    indices = list(range(1, 20 * context))
+    starts = engine.run(
+        "return indices.map((index) => contextStart(index, prompt, config, overflow))",
+        indices=indices, prompt=21 * context, config={"block_size": context}, overflow=overflow,
+    )  # fmt: skip
+    assert all(
+        min(index, context // 2) <= index - start <= context for index, start in zip(indices, starts, strict=True)
+    )
+    assert len(set(starts)) <= 20 * context / (context // 2)
+
+
 @pytest.mark.parametrize("taps", [1, 4])
 def test_context_of_a_rolling_cache_has_all_characters_that_matter(engine, taps):
     config = {"block_size": 8, "n_layer": 3, "attention_window": 0, "embd_conv": 4, "mlp_conv": taps}
@@ -67,6 +81,12 @@ def test_surprisal_is_in_bits(engine):
     logits = [1.5, -2.0, 700.0]
     expected = (700 - 1.5) / math.log(2)
     assert engine.run("return surprisal(logits, 0)", logits=logits) == pytest.approx(expected)
+
+
+def test_peaks_keep_the_largest_weight_of_each_group(engine):
+    assert engine.run("return peaks([1, 2, 3], 64)") == [1, 2, 3]
+    assert engine.run("return peaks([9, 1, 2, 4, 3], 2)") == [9, 4]
+    assert engine.run("return peaks([7, 0, 5, 0, 0, 0, 0], 3)") == [7, 5, 0]
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (1.55, 5.98), (0, 600), (-3, 2000), (2, 2)])
