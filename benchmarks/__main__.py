@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import NANOGPT_LOSS, ROOT, SHAKESPEARE, resolve_text
+from benchmarks.common import NANOGPT_LOSS, ROOT, SHAKESPEARE, resolve_text, run_alone
 from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS, render
 from minigpt.tracking.system_metrics import describe_device
@@ -37,12 +37,7 @@ PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
 def measure(name: str, contender: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run one measurement in its own process."""
     given = {"device": options.device, "text": options.text, "loss": options.loss, "megabytes": options.megabytes}
-    flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    command = [sys.executable, "-m", "benchmarks.contenders", name, contender, "--round", str(number), *flags]
-    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if ran.returncode:
-        sys.exit(f"benchmarks: {contender} failed in {name!r}; see its error above")
-    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    result: dict[str, Any] = run_alone("benchmarks.contenders", name, contender, options={"round": number} | given)
     return result
 
 

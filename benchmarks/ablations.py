@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROOT, SHAKESPEARE, prepared, profile, resolve_text, trainer
+from benchmarks.common import SHAKESPEARE, prepared, profile, resolve_text, run_alone, trainer
 
 if TYPE_CHECKING:
     from minigpt.training.trainer import Trainer
@@ -124,12 +122,8 @@ def built(name: str, seed: int, text: Path) -> Trainer:
 
 def measure(name: str, seed: int, text: Path) -> dict[str, float]:
     """Train a variant in a process of its own, on one thread."""
-    command = [sys.executable, "-m", "benchmarks.ablations", name, "--one", str(seed), "--text", str(text)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    if ran.returncode:
-        sys.exit(f"benchmarks: {name} failed; see its error above")
-    result: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    given = {"one": seed, "text": text}
+    result: dict[str, float] = run_alone("benchmarks.ablations", name, options=given, OMP_NUM_THREADS="1")
     return result
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from datetime import datetime, timezone
@@ -23,7 +22,6 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.common import (
-    ROOT,
     SHAKESPEARE,
     SMALL,
     Timer,
@@ -32,6 +30,7 @@ from benchmarks.common import (
     prepared,
     profile,
     resolve_text,
+    run_alone,
     training,
 )
 
@@ -90,12 +89,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "one": seed, "text": options.text, "device": options.device,
         "steps": options.steps, "peer-seconds": options.peer_seconds or 0,
     }  # fmt: skip
-    flags = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    command = [sys.executable, "-m", "benchmarks.budgets", name, *flags]
-    ran = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if ran.returncode:
-        sys.exit(f"benchmarks: {name} failed; see its error above")
-    curve: Curve = json.loads(ran.stdout.splitlines()[-1])
+    curve: Curve = run_alone("benchmarks.budgets", name, options=given)
     best = min(loss for _, loss in curve)
     return {"seed": seed, "seconds": curve[-1][0], "loss": best, "curve": curve}
 

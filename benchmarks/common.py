@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +48,16 @@ def resolve_text(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if not options.text.is_file():
         parser.error(f"{options.text}: no such file; `make shakespeare` fetches Tiny Shakespeare, --text names another")
     options.text = options.text.resolve()
+
+
+def run_alone(module: str, *arguments: str, options: dict[str, Any], **environment: str) -> Any:
+    """Run a module in a process of its own, and return the JSON of its last line; end the program if it fails."""
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", module, *arguments, *flags]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    if ran.returncode:
+        sys.exit(f"benchmarks: {', '.join(arguments)}: failed; see the error above")
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 class NotMeasuredError(Exception):
