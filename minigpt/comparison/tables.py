@@ -148,7 +148,10 @@ def require_losses(chosen: Sequence[Experiment]) -> None:
 
 
 def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[list[str]]]:
-    """Return the results, and the params and code that differ, as rows of a name and one cell for each experiment."""
+    """Return the results, and the params and code that differ, as rows of a name and one cell for each experiment.
+
+    A row without any value is left out.
+    """
     require_losses(chosen)
     rows = differing([each.params for each in chosen])
     keys = [[name, *map(_value, values)] for name, values in rows.items()]
@@ -164,10 +167,10 @@ def result_rows(chosen: Sequence[Experiment]) -> tuple[list[list[str]], list[lis
         ["training loss", *(_digits(metrics.get("train", {}).get("loss")) for metrics in measured)],
         ["best step", *(_count(metrics.get("best_step")) for metrics in trained)],
         ["parameters", *(_count(metrics.get("parameters")) for metrics in trained)],
-        *([["weights, digest", *digests]] if any(digests := [each.weights[:7] for each in chosen]) else []),
+        ["weights, digest", *(each.weights[:7] for each in chosen)],
         ["training time", *(duration(metrics.get("train_seconds")) for metrics in trained)],
     ]
-    return results, keys
+    return [row for row in results if any(row[1:])], keys
 
 
 def verdicts(chosen: Sequence[Experiment]) -> list[str]:
