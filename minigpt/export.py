@@ -101,8 +101,6 @@ def _read_config(path: Path, vocab_size: int) -> ModelParams:
 def _check_tensors(path: Path, file: Any, config: ModelParams, vocab_size: int) -> None:
     """Compare the header of a safetensors file with the shapes that the model requires. No tensor is read."""
     expected = weight_shapes(config, vocab_size)
-    if config.tied_head:
-        del expected["head.weight"]
     for name in sorted(expected.keys() | file.keys()):
         stored = file.get_slice(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
         shape = tuple(stored.get_shape()) if stored else "missing"

@@ -338,7 +338,10 @@ def convolve(x: Tensor, weights: Tensor, recent: ConvState | None) -> Tensor:
 
 
 def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of the state dict by name, without building the model, which may be huge."""
+    """Return the shape of each weight by its name in the state dict, without building the model, which may be huge.
+
+    A tied head has no entry of its own.
+    """
     C, width = config.n_embd, config.n_head * config.head_size
     hidden = hidden_size(config)
 
@@ -360,7 +363,10 @@ def weight_shapes(config: ModelParams, vocab_size: int) -> dict[str, tuple[int, 
             shapes[f"{block}.conv"] = (config.mlp_conv - 1, C)
         shapes |= linear(f"{block}.feed_forward.up", ACTIVATIONS[config.activation].maps * hidden, C)
         shapes |= linear(f"{block}.feed_forward.down", C, hidden)
-    return shapes | norm("norm") | linear("head", vocab_size, C)
+    shapes |= norm("norm") | linear("head", vocab_size, C)
+    if config.tied_head:
+        del shapes["head.weight"]
+    return shapes
 
 
 def hidden_size(config: ModelParams) -> int:

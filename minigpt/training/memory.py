@@ -17,10 +17,7 @@ BYTES_PER_WEIGHT = 16
 def lower_bounds(params: Params, vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Return bytes that a training needs at least: for weights, and for the activations of one micro-batch."""
     model, train = params.model, params.train
-    shapes = weight_shapes(model, vocab_size)
-    if model.tied_head:
-        del shapes["head.weight"]
-    weights = sum(map(math.prod, shapes.values()))
+    weights = sum(map(math.prod, weight_shapes(model, vocab_size).values()))
     characters = train.batch_size // train.grad_accum * model.block_size
     # The input of each block and, unless they are computed again, queries, keys, values, the result of attention, and
     # the hidden layer. In float32: the log-probabilities and the gradient of the logits.

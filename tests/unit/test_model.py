@@ -178,4 +178,4 @@ def test_logits_equal_hugging_face_gpt2_with_the_same_weights():
 @pytest.mark.parametrize("model", variants(), ids=str)
 def test_weight_shapes_are_those_of_the_model(model):
     gpt = build(**model)
-    assert weight_shapes(gpt.config, 11) == {name: tuple(value.shape) for name, value in gpt.state_dict().items()}
+    assert weight_shapes(gpt.config, 11) == {name: tuple(value.shape) for name, value in gpt.named_parameters()}
