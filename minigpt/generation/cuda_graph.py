@@ -71,8 +71,8 @@ class GraphCache(KVCache):
 class GraphedGPT:
     """A model on a GPU, in evaluation mode, that reads single characters through a CUDA graph."""
 
-    stream: ClassVar[torch.cuda.Stream | None] = None
-    """The stream for all captures: libraries keep memory for each stream in use."""
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    """The stream for all captures of a device: libraries keep memory for each stream in use."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -93,14 +93,15 @@ class GraphedGPT:
         with cache.from_tensors(ids):
             cos = getattr(self.model, "cos", None)
             if cache.graph is None or cache.captured_cos is not cos:  # a longer table has another address
-                cache.graph, cache.captured_cos = self._capture(cache), cos
+                with torch.cuda.device(ids.device):  # each thread has a current device, first number 0
+                    cache.graph, cache.captured_cos = self._capture(cache), cos
             cache.graph.replay()
         cache.advance(1)
         return cache.logits
 
     def _capture(self, cache: GraphCache) -> torch.cuda.CUDAGraph:
         """Return a graph of the forward pass that writes to ``cache.logits``."""
-        GraphedGPT.stream = stream = GraphedGPT.stream or torch.cuda.Stream()
+        stream = self.streams.setdefault(cache.next_ids.device, torch.cuda.Stream())
         kept = [vectors.clone() for vectors in cache.conv_tensors]  # all that a forward pass overwrites
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -66,8 +66,9 @@ class ProcessGroup:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         policy = MixedPrecisionPolicy()
         if model.compute_dtype and not model.config.norm_affine:
-            # A block's linear layers compute in this dtype anyway, and gathering them in it halves the traffic.
-            policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+            # A block's linear layers compute in this dtype anyway, and gathering them in it halves the traffic. Its
+            # inputs stay as they are: a KV cache that is cast would be a copy, which forgets what the block writes.
+            policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)

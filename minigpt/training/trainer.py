@@ -133,14 +133,14 @@ class Trainer:
             self.logged_at = state.step, self.clock.seconds
             # One round more than there are steps: the last round only evaluates.
             for step in range(state.step, train.max_iters + 1):
-                self._measure(step, scalars)
+                requests = self._measure(step, scalars)
                 if step == train.max_iters or (train.patience and state.evaluations_since_best >= train.patience):
                     break
-                total = self._read(scalars.push(step, self.train_step(step, control.request)))
+                requests += self._read(scalars.push(step, self.train_step(step, control.request)))
                 state.step = step + 1
                 bar.set_postfix_str(self.progress, refresh=False)
                 bar.update()
-                decision = control.decide(state.step, total)
+                decision = control.decide(state.step, requests)
                 if decision:
                     decision = max(decision, self._read(scalars.pop()))
                     with self.clock.paused():
@@ -296,18 +296,22 @@ class Trainer:
             self.observer.upload()
         self.checkpoints.save(Checkpoint(self._tensors(), self.state), self.group)
 
-    def _measure(self, step: int, scalars: DeferredScalars) -> None:
-        """Evaluate and write a sample, where these are due before ``step``. Their time does not count as training."""
-        train = self.train
+    def _measure(self, step: int, scalars: DeferredScalars) -> int:
+        """Evaluate and write a sample, where these are due before ``step``. Their time does not count as training.
+
+        Return the sum of the ranks' requests in the step before, if it was read for this.
+        """
+        train, requests = self.train, CONTINUE
         last = step == train.max_iters
         evaluated = last or step % train.eval_interval == 0
         if evaluated:
-            self._read(scalars.pop())
+            requests = self._read(scalars.pop())
             with self.clock.paused():
                 self.evaluate(step)
         if last or (step % train.sample_interval == 0 if train.sample_interval else evaluated):
             with self.clock.paused():
                 self.write_sample(step)
+        return requests
 
     def _read(self, scalars: tuple[int, list[float]] | None) -> int:
         """Record the scalars of a step. Return the sum of the ranks' requests."""

@@ -24,6 +24,7 @@ from minigpt.runtime import distributed
 from minigpt.training.checkpoint import Checkpoints
 from minigpt.errors import Interrupted
 from minigpt.evaluation.loss import score
+from minigpt.model import evaluation_mode
 from minigpt.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -47,6 +48,14 @@ with distributed.join_process_group("cpu", 4, params.train.parallel) as group:
     torch.set_default_dtype(torch.float32 if "bitwise" in name else torch.float64)
     corpus = dataset.load_corpus(folder)
     trainer = StoppingTrainer(params, corpus, group, None, Checkpoints(folder / checkpoints, "f00d"))
+    if name == "cache":
+        with torch.no_grad(), evaluation_mode(trainer.model):
+            for weight in trainer.model.parameters():
+                weight.mul_(20)
+            ids, cache = torch.arange(8)[None], trainer.model.make_cache(1)
+            cached = torch.cat([trainer.model(ids[:, i : i + 1], cache) for i in range(8)], 1)
+            torch.testing.assert_close(cached, trainer.model(ids), rtol=0.05, atol=0.1)
+        sys.exit(0)
     scores = [score(trainer.model, corpus.val, stride, group=group) for stride in (None, 5)]
     try:
         result = trainer.run()
@@ -119,6 +128,11 @@ def test_world_size_does_not_change_the_result(train, single, parallel, world_si
     checkpointing = parallel == "fsdp"
     result = train(f"{parallel}-{world_size}", world_size, parallel=parallel, activation_checkpointing=checkpointing)
     assert_same_training(result, single)
+
+
+@pytest.mark.slow
+def test_sharded_model_writes_to_its_cache(train):
+    train("cache", 2, stop=1, parallel="fsdp", dtype="bfloat16")
 
 
 @pytest.mark.slow

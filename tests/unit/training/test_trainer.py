@@ -20,7 +20,7 @@ from minigpt.export import export
 from minigpt.model import GPT
 from minigpt.runtime.distributed import ProcessGroup
 from minigpt.training.checkpoint import Checkpoints
-from minigpt.training.control import DeferredScalars
+from minigpt.training.control import Control, DeferredScalars
 from minigpt.training.optimizer import Optimizers
 from minigpt.training.trainer import COMPILE_STEPS, Trainer, TrainState, overfitting_since, should_compile
 
@@ -256,6 +256,47 @@ def test_divergence_stops_training_before_it_changes_the_weights(corpus, tmp_pat
     with pytest.raises(UserError, match=r"diverged: at step 6 .* last good checkpoint is of step 0"):
         trainer.run()
     assert digest(trainer.model.state_dict()) == trainer.last_good
+
+
+class LateScalars:
+    """Scalars that are read one step late, as on a GPU."""
+
+    pending = None
+
+    def push(self, step, values):
+        previous = self.pop()
+        self.pending = step, values.tolist()
+        return previous
+
+    def pop(self):
+        pending, self.pending = self.pending, None
+        return pending
+
+
+class JointControl(Control):
+    """Control that decides as with several processes, by the sum of their requests."""
+
+    def decide(self, step, total):
+        super().decide(step, total)
+        return total
+
+
+@pytest.mark.parametrize("eval_interval", [1, 2, 12])
+def test_signal_stops_several_processes_on_gpus_within_three_steps(corpus, tmp_path, monkeypatch, eval_interval):
+    monkeypatch.setattr("minigpt.training.trainer.DeferredScalars", LateScalars)
+    monkeypatch.setattr("minigpt.training.trainer.Control", JointControl)
+
+    class Killed(Trainer):
+        def train_step(self, step, request):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().train_step(step, request)
+
+    params = params_with(train={"eval_interval": eval_interval})
+    trainer = Killed(params, corpus, SINGLE_PROCESS, None, Checkpoints(tmp_path, "f00d"))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        trainer.run()
+    assert trainer.state.step <= 7
 
 
 def test_corpus_shorter_than_the_context_is_rejected(corpus, tmp_path):
