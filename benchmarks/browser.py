@@ -25,7 +25,7 @@ def writing_in_a_page(options: Options, model: str) -> Measured:
     with opened(model) as (tab, size, _):
         for length in (50, 500):
             write(tab, length, seed=1 + options.round)
-        return {"value": tab.evaluate("desk.speed"), "megabytes": size / 1e6}
+        return {"value": tab.evaluate("desk.sheets[0].speed"), "megabytes": size / 1e6}
 
 
 @contender("first character in a page, seconds", "minigpt, default profile", model="default")

@@ -60,6 +60,11 @@ def run_alone(module: str, *arguments: str, options: dict[str, Any], **environme
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def without_tracking() -> dict[str, str]:
+    """Return the environment without the variables that name a tracking server: a benchmark sends no runs there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_"))}
+
+
 class NotMeasuredError(Exception):
     """A contender cannot be measured on this machine."""
 

@@ -30,7 +30,8 @@ def main() -> None:
     options = parser.parse_args()
     ours = options.device == "cpu" and options.contender.startswith("minigpt") and "encoding" not in options.measure
     if ours or options.contender.endswith(SETTLED):  # as the project's own programs do; the one that encodes does not
-        cpu.configure_cpu(spin=options.measure.startswith(("writing", "first")))
+        here = "in a page" not in options.measure  # a browser needs the cores that threads of this process would keep
+        cpu.configure_cpu(spin=here and options.measure.startswith(("writing", "first")))
     try:
         measured: dict[str, Any] = MEASURES[options.measure][options.contender](options)
     except (ImportError, NotMeasuredError) as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import psutil
 import yaml
 
 from benchmarks.__main__ import commit, machine
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, without_tracking
 from benchmarks.texts import parts
 
 STEPS = 20
@@ -45,12 +44,10 @@ def write_text(target: Path, megabytes: int, files: int = 1) -> None:
 def watched(module: str, folder: Path, shown: str = "") -> dict[str, Any]:
     """Run a stage in ``folder``; return its seconds, those until it printed ``shown``, and its processes' peaks."""
     since, peaks, first = time.perf_counter(), dict[int, dict[str, float]](), None
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DAGSHUB_"))}
     with (folder / "said.txt").open("w+") as said:
         command = [sys.executable, "-m", module]
-        running = subprocess.Popen(
-            command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment | {"PYTHONUNBUFFERED": "1"}
-        )
+        environment = without_tracking() | {"PYTHONUNBUFFERED": "1"}
+        running = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment)
         parent = psutil.Process(running.pid)
         while running.poll() is None:
             for process in [parent, *parent.children(recursive=True)]:

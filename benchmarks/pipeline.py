@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import ROOT, Measured, Options, contender
+from benchmarks.common import ROOT, Measured, Options, contender, without_tracking
 
 
 @contender("encoding, MB per second", "minigpt", way="minigpt")
@@ -55,5 +55,6 @@ def nothing_to_do(options: Options) -> Measured:  # noqa: ARG001 - the same on a
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
         for _ in range(2):
             since = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True, cwd=folder, stdout=sys.stderr)
+            command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
+            subprocess.run(command, check=True, cwd=folder, env=without_tracking(), stdout=sys.stderr)
         return {"value": time.perf_counter() - since}

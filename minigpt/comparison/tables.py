@@ -253,24 +253,31 @@ def _by_text(rows: Sequence[Row], text: Callable[[Row], str], loss: Callable[[Ro
 
 
 def seed_table(groups: list[list[Experiment]], reference: dict[str, Any]) -> str:
-    """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first."""
+    """Return a table of groups of trainings that differ only in their seed: the lowest mean loss first.
+
+    Differences are to the best group of several seeds: one training may be the lowest by luck.
+    """
     pairs = [([each.val_loss for each in group if each.val_loss is not None], group) for group in groups]
     pairs = _by_text(pairs, lambda pair: _text(pair[1][0]), lambda pair: statistics.mean(pair[0]))
     table = [["experiments", "mean loss", "seeds", "to the best", "changed params"]]
-    best = pairs[0]
+    best: dict[str, Any] = {}
+    for pair in sorted(pairs, key=lambda pair: len(pair[0]) == 1):
+        best.setdefault(_text(pair[1][0]), pair)
+    last = _text(pairs[0][1][0])
     for pair in pairs:
         found, group = pair
-        if _text(group[0]) != _text(best[1][0]):
-            best = pair
+        text = _text(group[0])
+        if text != last:
+            last = text
             table.append([])
         spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
         setting, others = (
             {name: value for name, value in values.items() if name != SEED} for values in (group[0].params, reference)
         )
         name = group[0].name if len(group) == 1 else f"{group[0].name.split(', ')[0]} and {len(group) - 1} more"
-        difference = BEST if pair is best else mean_difference(best[0], found)
+        difference = BEST if pair is best[text] else mean_difference(best[text][0], found)
         mean = f"{statistics.mean(found):.4f}{spread}"
-        table.append([name, mean, str(len(group)), difference if _text(group[0]) else "", changes(others, setting)])
+        table.append([name, mean, str(len(group)), difference if text else "", changes(others, setting)])
     notes = [
         "After ± of a loss: standard deviation over the seeds. After ± of a difference: its standard error.",
         '"=" before a difference: it may be the luck of the seeds. "one seed": too few for a difference; take three.',

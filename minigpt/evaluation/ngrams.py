@@ -51,8 +51,8 @@ def discounts(counts: Ids) -> Floats:
     """Return the discounts of counts of 0, 1, 2, and 3 or more, shape (4,).
 
     These are the estimates of Chen and Goodman (1999, eq. 26) from the numbers of n-grams with counts of 1 to 4. Each
-    number is increased by one half, and each discount is clipped to the range from 0 to its count, so that the result
-    is defined when there are few or no such n-grams.
+    number is increased by one half, so that the result is defined when there are no such n-grams. Each discount is at
+    least 0.05, so that something is left for unseen characters, and at most 0.95 of its count.
     """
     n1, n2, n3, n4 = (np.bincount(np.minimum(counts, 5), minlength=6)[1:5] + 0.5).tolist()
     share = n1 / (n1 + 2 * n2)

@@ -179,7 +179,9 @@ class Checkpoints:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Load the newest intact checkpoint, if there is one. Return it and a message for each damaged one.
 
-        All ranks must call. Tensors have the names and shapes of ``like``, and get the same devices and shards.
+        All ranks must call. Tensors have the names and shapes of ``like``. Those of a sharded model have its devices
+        and shards. Others are in the memory of the host, because a GPU that has room for a training may not have room
+        for its tensors twice.
         """
         found, damaged = self._newest_intact(like, group.sharded) if group.is_main else (None, [])
         state, damaged = group.broadcast_object((found.state if found else None, damaged))
@@ -187,7 +189,8 @@ class Checkpoints:
             return None, damaged
         if group.sharded:
             return Checkpoint(_read_shards(self._step_folder(state.step), like), state), damaged
-        tensors = found.tensors if found else {name: torch.empty_like(value) for name, value in like.items()}
+        empty = {name: torch.empty_like(value, device="cpu") for name, value in like.items()}
+        tensors = found.tensors if found else empty
         group.broadcast_tensors(tensors[name] for name in like)
         return Checkpoint(tensors, state), damaged
 
@@ -259,10 +262,10 @@ def read_state(folder: Path) -> TrainState:
 
 
 def _read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Read the full tensors of a checkpoint to the devices of ``like``."""
+    """Read the full tensors of a checkpoint that ``like`` names."""
     path = folder / "state.safetensors"
     found = load_file(path) if path.exists() else _read_shards(folder, like, no_dist=True)
-    tensors = {name: found[name].to(value.device) for name, value in like.items()}
+    tensors = {name: found[name] for name in like}
     for name, value in like.items():
         if (tensors[name].shape, tensors[name].dtype) != (value.shape, value.dtype):
             raise ValueError(f"{name} has another shape or number format than the model's")

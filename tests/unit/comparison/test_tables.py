@@ -104,6 +104,17 @@ def test_seeds_are_grouped_with_mean_and_deviation(tmp_path):
     assert lines[2].split() == ["e3", f"{chosen[3].val_loss:.4f}", "1", "one", "seed", "n_embd=512"]
 
 
+def test_groups_of_seeds_are_compared_although_a_single_training_is_the_lowest(tmp_path):
+    chosen = []
+    for number, (width, shift) in enumerate([(64, 0.0), (128, 0.1), (128, 0.11), (512, 0.3), (512, 0.31)]):
+        folder = results_folder(tmp_path / str(number), two_losses()[0] + shift, seed=number, model={"n_embd": width})
+        chosen.append(Experiment(f"e{number}", Folder(folder)))
+    lines = tables.comparison(chosen, seeds=True).splitlines()
+    assert "one seed" in lines[1]
+    assert "best" in lines[2].split()
+    assert "+0.2000 ± 0.0071" in lines[3]
+
+
 @pytest.mark.parametrize(
     "first, second, shown",
     [
