@@ -11,27 +11,17 @@ all; figures are medians. Prints a table; writes it as JSON and as a picture to 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
-import subprocess
-import sys
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import NANOGPT_LOSS, ROOT, SHAKESPEARE, resolve_text, run_alone
+from benchmarks.common import NANOGPT_LOSS, SHAKESPEARE, describe_run, resolve_text, run_alone, save_results
 from benchmarks.contenders import MEASURES
 from minigpt.evaluation.charts import COLORS, render
-from minigpt.tracking.system_metrics import describe_device
 
 OURS = ("minigpt",)
 """Prefixes of the names of this project's contenders."""
-
-PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
 
 
 def measure(name: str, contender: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -39,26 +29,6 @@ def measure(name: str, contender: str, number: int, options: argparse.Namespace)
     given = {"device": options.device, "text": options.text, "loss": options.loss, "megabytes": options.megabytes}
     result: dict[str, Any] = run_alone("benchmarks.contenders", name, contender, options={"round": number} | given)
     return result
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return the hardware and the versions that the figures depend on."""
-    import torch
-
-    facts: dict[str, Any] = {"device": describe_device(torch.device(device)), "cores": os.cpu_count()}
-    facts["python"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
-    return facts
-
-
-def commit() -> str | None:
-    """Return the current commit; None outside of git."""
-    ran = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return ran.stdout.strip() or None
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,17 +105,8 @@ def main() -> None:
 
     resolve_text(parser, options)
 
-    results: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(options.device),
-        "text": options.text.name,
-        "loss": options.loss,
-        "measures": {},
-    }
-    options.results.mkdir(parents=True, exist_ok=True)
-    written = options.results / f"{results['date'][:10]}-{options.device.partition(':')[0]}"
+    results = describe_run("benchmarks", options.device)
+    results |= {"text": options.text.name, "loss": options.loss, "measures": {}}
     for name in chosen:
         print(f"\n{name}", flush=True)
         runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in MEASURES[name]}
@@ -156,9 +117,9 @@ def main() -> None:
         results["measures"][name] = {contender: middle(found) for contender, found in runs.items()}
         for contender, value, ratio, notes in rows(name, results["measures"][name]):
             print(f"  {contender:55} {value:>10}  x {ratio:>6}  {notes}", flush=True)
-        written.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        written = save_results(options.results, results, options.device.partition(":")[0])
 
-    draw(results, written.with_suffix(".png"))
+    draw(results, written.with_name(f"{written.name}.png"))
     print(f"\nwritten to {written}.*")
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import SHAKESPEARE, prepared, profile, resolve_text, run_alone, trainer
+from benchmarks.common import (
+    SHAKESPEARE,
+    describe_run,
+    prepared,
+    profile,
+    resolve_text,
+    run_alone,
+    save_results,
+    trainer,
+)
 
 if TYPE_CHECKING:
     from minigpt.training.trainer import Trainer
@@ -154,8 +163,8 @@ def main() -> None:
         losses = [run["val_loss"] for run in runs]
         spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
         print(f"{name:38} {mean(losses):.4f} {spread}  {mean(losses) - ours:+.4f}")
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "ablations.json").write_text(json.dumps({"base": BASE, "runs": results}, indent=2) + "\n")
+    facts = describe_run("benchmarks.ablations", "cpu") | {"text": options.text.name, "base": BASE}
+    print(f"written to {save_results(options.results, facts | {'runs': results}, 'cpu', 'ablations')}.json")
 
 
 if __name__ == "__main__":

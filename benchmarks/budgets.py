@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, cast
@@ -25,12 +23,14 @@ from benchmarks.common import (
     SHAKESPEARE,
     SMALL,
     Timer,
+    describe_run,
     loss_curve,
     peer,
     prepared,
     profile,
     resolve_text,
     run_alone,
+    save_results,
     training,
 )
 
@@ -84,12 +84,15 @@ def train_peer(who: str, seconds: float, options: argparse.Namespace) -> Curve:
 
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a contender in a process of its own."""
+    """Train a contender in a process of its own; ``missing`` is why it cannot be trained here."""
     given = {
         "one": seed, "text": options.text, "device": options.device,
         "steps": options.steps, "peer-seconds": options.peer_seconds or 0,
     }  # fmt: skip
-    curve: Curve = run_alone("benchmarks.budgets", name, options=given)
+    found = run_alone("benchmarks.budgets", name, options=given)
+    if "missing" in found:
+        return {"missing": found["missing"]}
+    curve: Curve = found["curve"]
     best = min(loss for _, loss in curve)
     return {"seed": seed, "seconds": curve[-1][0], "loss": best, "curve": curve}
 
@@ -137,23 +140,6 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
     render([[lines]], "Loss against the time of training", target)
 
 
-def save(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """Write the results with machine, versions, date and command, and a picture of the curves."""
-    from benchmarks.__main__ import commit, machine
-
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.budgets", *sys.argv[1:]]),
-        "commit": commit(), "machine": machine(options.device), "text": options.text.name, "held_out": options.held_out,
-    }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
-    parts = [facts["date"][:10], options.device.partition(":")[0], "budgets", options.text.stem, options.held_out]
-    target = options.results / f"{'-'.join(parts)}.json"
-    target.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n", encoding="utf-8")
-    draw(results, target.with_suffix(".png"))
-    print(f"written to {target.with_suffix('')}.*")
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -176,24 +162,37 @@ def main() -> None:
     if options.one is not None:
         (name,) = options.profiles
         who = next((key for key, peer_name in PEERS.items() if peer_name == name), None)
-        curve = train_peer(who, options.peer_seconds, options) if who else train_profile(name, options.one, options)
-        print(json.dumps(curve))
+        try:
+            curve = train_peer(who, options.peer_seconds, options) if who else train_profile(name, options.one, options)
+        except ImportError as error:
+            print(json.dumps({"missing": str(error)}))
+        else:
+            print(json.dumps({"curve": curve}))
         return
 
-    results: dict[str, list[dict[str, Any]]] = {}
+    results = describe_run("benchmarks.budgets", options.device)
+    results |= {"text": options.text.name, "held_out": options.held_out, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         if options.held_out == "start":
             options.text = with_start_last(options.text, Path(folder))
         peers = [PEERS[who] for who in options.peers]
         for name, seeds in [(name, options.seeds) for name in options.profiles] + [(name, 1) for name in peers]:
-            runs = results[name] = [measure(name, seed, options) for seed in range(1, seeds + 1)]
+            runs = [measure(name, seed, options) for seed in range(1, seeds + 1)]
+            if "missing" in runs[0]:
+                print(f"{name:50} not measured: {runs[0]['missing']}", flush=True)
+                continue
+            results["runs"][name] = runs
             losses = [run["loss"] for run in runs]
             spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else ""
             seconds = mean(run["seconds"] for run in runs)
             print(f"{name:50} {seconds:6.1f} s  {mean(losses):.4f} {spread}", flush=True)
             if name == options.profiles[-1]:
                 options.peer_seconds = options.peer_seconds or seconds
-    save(results, options)
+            # After each contender: a later one may fail.
+            names = options.device.partition(":")[0], "budgets", options.text.stem, options.held_out
+            written = save_results(options.results, results, *names)
+            draw(results["runs"], written.with_name(f"{written.name}.png"))
+    print(f"written to {written}.*")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +42,9 @@ SETTLED = "threads and memory as minigpt has them"
 
 SHAKESPEARE = ROOT / "data" / "shakespeare.txt"
 
+PACKAGES = ("torch", "numpy", "transformers", "x-transformers", "dvc")
+"""Packages whose versions a file of results names."""
+
 NANOGPT_LOSS = 1.4697
 """Validation loss of nanoGPT's model of 10.7 million parameters, by its README, in nats per character."""
 
@@ -58,6 +64,38 @@ def run_alone(module: str, *arguments: str, options: dict[str, Any], **environme
     if ran.returncode:
         sys.exit(f"benchmarks: {', '.join(arguments)}: failed; see the error above")
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+def describe_run(module: str, device: str) -> dict[str, Any]:
+    """Return date, command, commit, hardware and versions: what the figures of a file of results depend on."""
+    import torch
+
+    from minigpt.runtime.cpu import cpu_info
+    from minigpt.tracking.system_metrics import describe_device
+
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    machine: dict[str, Any] = {"device": describe_device(torch.device(device)), "cores": os.cpu_count()}
+    machine |= {"cpu family": cpu_info("cpu family"), "model": cpu_info("model"), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            machine[package] = version(package)
+        except PackageNotFoundError:
+            machine[package] = None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "commit": described.stdout.strip() or None,
+        "machine": machine,
+    }
+
+
+def save_results(folder: Path, results: dict[str, Any], *names: str) -> Path:
+    """Write results as JSON, in a file named by their date and ``names``, and return its path without the suffix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    moment = results["date"][:19].replace(":", "")
+    path = folder / "-".join([moment, *names])
+    path.with_name(f"{path.name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 def without_tracking() -> dict[str, str]:

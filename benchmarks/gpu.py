@@ -35,6 +35,7 @@ from benchmarks.common import (
     prepared,
     profile,
     resolve_text,
+    save_results,
     trainer,
     training,
 )
@@ -371,13 +372,11 @@ def main() -> None:
         "text": options.text.name,
         "measures": {},
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    written = options.results / f"{now[:10]}-gpu{'-small' if is_small(options) else ''}"
     for name in chosen:
         results["measures"][name] = run_measure(name, options, SECONDS - (time.monotonic() - began))
         print(f"{name}: {json.dumps(results['measures'][name])}", flush=True)
-        written.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        written.with_suffix(".md").write_text(table(results), encoding="utf-8")
+        written = save_results(options.results, results, "gpu-small" if is_small(options) else "gpu")
+        written.with_name(f"{written.name}.md").write_text(table(results), encoding="utf-8")
     print(f"\nwritten to {written}.json and {written}.md")
 
 

@@ -15,15 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-from benchmarks.__main__ import commit, machine
-from benchmarks.common import ROOT, without_tracking
+from benchmarks.common import ROOT, describe_run, save_results, without_tracking
 from benchmarks.texts import parts
 
 STEPS = 20
@@ -90,13 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     work = options.folder.resolve() / "large"
     megabytes = round(options.gigabytes * 1000)
-    results: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.large FOLDER --gigabytes {options.gigabytes:g}",
-        "commit": commit(),
-        "machine": machine("cpu"),
-        "prepare": {},
-    }
+    results = describe_run("benchmarks.large", "cpu")
+    results |= {"command": f"python -m benchmarks.large FOLDER --gigabytes {options.gigabytes:g}", "prepare": {}}
     try:
         subprocess.run(["git", "clone", "--quiet", ROOT, work / "project"], check=True)
         for name, files in (("songs", 0), ("1,000 files", 1000), ("one file", 1)):
@@ -118,9 +111,7 @@ def main() -> None:
             print(json.dumps(results, indent=2), flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    options.results.mkdir(parents=True, exist_ok=True)
-    target = options.results / f"{results['date'][:10]}-large.json"
-    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    save_results(options.results, results, "large")
 
 
 def set_params(project: Path, text: Path) -> None:

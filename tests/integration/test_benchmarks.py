@@ -48,6 +48,30 @@ def test_budgets_write_a_curve_of_each_contender(tmp_path):
 
 
 @pytest.mark.slow
+def test_peer_that_is_not_installed_does_not_lose_the_results(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
+    arguments = ["shakespeare-quick", "--seeds", "1", "--peers", "hf", "--text", "data/songs.txt"]
+    ran = python(
+        "-m", "benchmarks.budgets", *arguments, "--results", tmp_path, cwd=ROOT, PYTHONPATH=f"{tmp_path}:{ROOT}"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "not measured: no transformers here" in ran.stdout
+    assert list(json.loads(next(tmp_path.glob("*.json")).read_text())["runs"]) == ["shakespeare-quick"]
+
+
+@pytest.mark.slow
+def test_writing_in_a_page_is_measured():
+    pytest.importorskip("playwright", reason="needs playwright")
+    measure = next(name for name in MEASURES if name.startswith("writing in a page"))
+    ran = python(
+        "-m", "benchmarks.contenders", measure, "minigpt, default profile", "--text", "data/songs.txt", cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found.get("missing") == "Chromium is not installed" or found["value"] > 1
+
+
+@pytest.mark.slow
 def test_benchmark_writes_its_results(tmp_path):
     arguments = ["--rounds", "2", "--megabytes", "1", "--text", "data/songs.txt", "--results", tmp_path]
     ran = python("-m", "benchmarks", "encoding", *arguments, cwd=ROOT)
