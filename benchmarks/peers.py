@@ -157,13 +157,6 @@ def nats(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
 
 
-@torch.no_grad()
-def sampled_loss(model: nn.Module, tokens: Tensor, batch_size: int, block_size: int, batches: int = 200) -> float:
-    """Return the published estimate of a split's loss: the mean over random batches."""
-    losses = [nats(model, *random_windows(tokens, batch_size, block_size)) for _ in range(batches)]
-    return torch.stack(losses).mean().item()
-
-
 class ReferenceTraining:
     """The reference's training: Adam at a constant 3e-4, in single precision."""
 

@@ -1,4 +1,4 @@
-"""Measures of training and of scoring."""
+"""Measures of training."""
 
 from __future__ import annotations
 
@@ -116,39 +116,3 @@ def speed(options: Options, step: Callable[[int], Any], model: nn.Module, dtype:
     if options.device.startswith("cuda"):
         measured["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return measured
-
-
-@contender("scoring the validation split, seconds", "minigpt, exact")
-def scoring_exact(options: Options) -> Measured:
-    """Score every target of the validation split once."""
-    from minigpt.evaluation.loss import score
-    from minigpt.model import GPT
-    from minigpt.runtime.device import compute_dtype
-
-    corpus = prepared(options)
-    model = GPT(profile("shakespeare-cpu").model, corpus.tokenizer.vocab_size).to(options.device)
-    model.compute_dtype = compute_dtype("auto", corpus.val.tokens.device)
-    score(model, corpus.val, max_chars=20_000)
-    timer = Timer(options.device)
-    count = score(model, corpus.val).count
-    timer.pause()
-    return {"value": timer.seconds, "characters": count}
-
-
-@contender("scoring the validation split, seconds", "200 random batches")
-def scoring_sampled(options: Options) -> Measured:
-    """Estimate the loss of the same model from random batches of its training size, as is usual."""
-    from benchmarks import peers
-    from minigpt.model import GPT
-    from minigpt.runtime.device import compute_dtype
-
-    corpus = prepared(options)
-    params = profile("shakespeare-cpu")
-    model = GPT(params.model, corpus.tokenizer.vocab_size).to(options.device).eval()
-    model.compute_dtype = compute_dtype("auto", corpus.val.tokens.device)
-    B, T = params.train.batch_size, params.model.block_size
-    peers.sampled_loss(model, corpus.val.tokens, B, T, 2)
-    timer = Timer(options.device)
-    peers.sampled_loss(model, corpus.val.tokens, B, T)
-    timer.pause()
-    return {"value": timer.seconds, "characters": 200 * B * T}
