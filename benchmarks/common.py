@@ -67,7 +67,7 @@ def run_alone(module: str, *arguments: str, options: dict[str, Any], **environme
 
 
 def describe_run(module: str, device: str) -> dict[str, Any]:
-    """Return date, command, commit, hardware and versions: what the figures of a file of results depend on."""
+    """Return date, command, commit, hardware and versions, for a file of results."""
     import torch
 
     from minigpt.runtime.cpu import cpu_info

@@ -24,8 +24,7 @@ LARGEST_JSON = 64 << 20
 NOT_REGULAR = "not a regular file"
 
 PREPARED, MODEL, RESULTS = Path("data/prepared"), Path("models/gpt"), Path("results")
-"""Where the stages find each other's outputs, below the root of the repository. In ``results``, each stage has a folder
-of its own."""
+"""Outputs of the stages, below the root of the repository. Each stage but the first has a folder in ``results``."""
 
 
 def workspace() -> Path:

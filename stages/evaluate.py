@@ -230,8 +230,8 @@ def score_baselines(model: NGrams, corpus: Corpus, losses: CharacterLosses) -> t
     """Score the validation split with n-gram models of the training split, and compare the best with ``losses``.
 
     Returns:
-        the losses of the n-gram models, and the paired difference of the GPT and the best of them, with the characters
-        that they have counted.
+        the losses of the n-gram models in nats per character; the best of them with its paired difference from the
+        GPT, and the number of counted characters.
     """
     from minigpt.evaluation import ngrams, paired
     from minigpt.evaluation.character_losses import LossRecorder

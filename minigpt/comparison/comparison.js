@@ -59,7 +59,7 @@ class Pair {
     return el("p", { class: "key" }, name("first", this.names[0]), name("second", this.names[1]));
   }
 
-  // Return bars to the left and to the right: [name, difference, what a screen reader adds to the name].
+  // Return bars to the left and to the right: [name, difference, hidden text after the name].
   bars(rows) {
     const top = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-9);
     return el("dl", { class: "signed" }, rows.map(([name, value, more = ""]) => el("div", { title: more },

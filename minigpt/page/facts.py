@@ -181,7 +181,10 @@ def _describe_run(page_model: PageModel) -> Facts:
     train = _numbers(train)
     run |= {key: train[key] for key in ("steps", "best_step", "train_seconds", "val_loss") if key in train}
     val, baselines = (_numbers(evaluation.get(name)) for name in ("val", "baselines"))
-    run |= {name: val[key] for key, name in (("loss", "val_loss"), ("standard_error", "standard_error")) if key in val}
+    if "loss" in val:
+        run["val_loss"] = val["loss"]
+    if "standard_error" in val:
+        run["standard_error"] = val["standard_error"]
     ngrams = {name: loss for name, loss in baselines.items() if name.endswith("gram")}
     if ngrams:
         loss, name = min((loss, name) for name, loss in ngrams.items())

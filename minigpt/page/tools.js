@@ -180,7 +180,7 @@ function describeUnknown(text, ids) {
 
 // Return the first character of the context from which character `index` of a text is predicted, by the rules of
 // Writer.read for a text that began with `promptLength` characters. The writer reads only the end of a prompt that is
-// longer than the context. The characters before it have contexts that many of them share, so they are soon read.
+// longer than the context. Before that end, many characters share a context, so that all are soon read.
 function contextStart(index, promptLength, config, overflow) {
   const context = config.block_size;
   if (overflow === "roll") {

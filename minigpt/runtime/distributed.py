@@ -67,7 +67,7 @@ class ProcessGroup:
         policy = MixedPrecisionPolicy()
         if model.compute_dtype and not model.config.norm_affine:
             # A block's linear layers compute in this dtype anyway, and gathering them in it halves the traffic. Its
-            # inputs stay as they are: a KV cache that is cast would be a copy, which forgets what the block writes.
+            # inputs are not cast: the block would write to a copy of the KV cache.
             policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
